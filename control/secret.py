@@ -1,0 +1,120 @@
+"""The one type that carries a secret, and the sources it comes from.
+
+A source is written in hosts.toml as `env:NAME`, `file:PATH` or `command:ARGV`, so sops, age,
+infisical and pass work without knowing about them. The bytes leave a `Secret` through `reveal`
+only, and only towards standard input of a process or a file that is private from its first byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+from typing import NoReturn
+
+from control.errors import SecretError
+
+MAX_SECRET_BYTES = 1 << 20
+COMMAND_TIMEOUT_S = 60
+SCHEMES = ("env", "file", "command")
+
+
+class Secret:
+    """Bytes that no repr, format, pickle or JSON encoder shows."""
+
+    __slots__ = ("_value", "source")
+
+    def __init__(self, value: bytes, *, source: str) -> None:
+        self._value = value
+        self.source = source
+
+    def reveal(self) -> bytes:
+        """The bytes themselves. Hand them to standard input or a private file, nothing else."""
+        return self._value
+
+    def sha256(self) -> str:
+        """Hex digest, to tell whether a host's copy is the same."""
+        return hashlib.sha256(self._value).hexdigest()
+
+    def stripped(self) -> Secret:
+        """The same secret without surrounding whitespace: keys and passwords end with a newline in files."""
+        return Secret(self._value.strip(), source=self.source)
+
+    def __repr__(self) -> str:
+        return f"<Secret from {self.source.split(':', 1)[0]}>"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret is never pickled")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+def check_source(source: str) -> str:
+    """Return `source` when it has the form of one. Raises ValueError with the forms there are."""
+    scheme, colon, rest = source.partition(":")
+    if not colon or scheme not in SCHEMES or not rest.strip():
+        # The text may be the secret itself, pasted in the wrong place: it is not repeated.
+        raise ValueError("a secret's source is env:NAME, file:PATH or command:ARGV, not the secret itself")
+    if scheme == "command":
+        shlex.split(rest)
+    return source
+
+
+def resolve(source: str, *, what: str) -> Secret:
+    """Read the secret called `what` from its source.
+
+    Raises SecretError, naming `what` and the source, when it is absent, fails or is empty.
+    """
+    scheme, _, rest = check_source(source).partition(":")
+    reader = {"env": _from_env, "file": _from_file, "command": _from_command}[scheme]
+    value = reader(rest, what)
+    if not value.strip():
+        raise SecretError(f"{what}: its source {source} gave nothing.", hint="Fill it, or remove the secret.")
+    if len(value) > MAX_SECRET_BYTES:
+        raise SecretError(f"{what}: its source {source} gave more than {MAX_SECRET_BYTES} bytes.")
+    return Secret(value, source=source)
+
+
+def _from_env(name: str, what: str) -> bytes:
+    value = os.environb.get(name.encode())
+    if value is None:
+        raise SecretError(f"{what}: the environment has no {name}.", hint=f"Set {name}, or change the source.")
+    return value
+
+
+def _from_file(path: str, what: str) -> bytes:
+    file = Path(path).expanduser()
+    try:
+        # O_NONBLOCK: a FIFO without a writer would hang us here.
+        fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise SecretError(f"{what}: cannot read {file}: {error.strerror}.", hint="Create it, or change the source.") from error
+    with os.fdopen(fd, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise SecretError(f"{what}: {file} is not a regular file.", hint="Point the source at a file.")
+        return stream.read(MAX_SECRET_BYTES + 1)
+
+
+def _from_command(line: str, what: str) -> bytes:
+    argv = shlex.split(line)
+    try:
+        done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=COMMAND_TIMEOUT_S, check=False)
+    except OSError as error:
+        raise SecretError(f"{what}: cannot run {argv[0]}: {error.strerror}.", hint="Install it, or change the source.") from error
+    except subprocess.TimeoutExpired as error:
+        raise SecretError(f"{what}: {argv[0]} took longer than {COMMAND_TIMEOUT_S} s.") from error
+    if done.returncode != 0:
+        raise SecretError(f"{what}: {argv[0]} failed with exit code {done.returncode}.", hint="Run it by hand to see why.")
+    return done.stdout

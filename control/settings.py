@@ -1,0 +1,343 @@
+"""Everything a host can be told: one typed model, read from hosts.toml before any connection.
+
+`[defaults]` holds for every host, `[hosts.NAME]` for one. Every key is a field of `HostSettings`;
+its description is what `hosts.example.toml` says about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from control.errors import SettingsError
+from control.secret import check_source
+
+ENV_HOSTS = "QUIETPORT_HOSTS"
+DEFAULT_FILE = "hosts.toml"
+UPSTREAM_LOGIN_SERVER = "https://controlplane.tailscale.com"
+# https://tailscale.com/kb/1031 and https://docs.docker.com/engine/install/debian: the primary keys upstream publishes.
+TAILSCALE_KEY_FINGERPRINT = "2596A99EAAB33821893C0A79458CA832957F5868"
+DOCKER_KEY_FINGERPRINT = "9DC858229FC7DD38854AE2D88D81803C0EBFCD88"
+
+_HOST_NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+_USER_NAME = re.compile(r"^[a-z_][a-z0-9_-]{0,30}$")
+_FINGERPRINT = re.compile(r"^[0-9A-F]{40}$")
+_SSH_FINGERPRINT = re.compile(r"^SHA256:[A-Za-z0-9+/]{43}$")
+_TAG = re.compile(r"^tag:[a-z][a-z0-9-]*$")
+# The part of an address and of a command line that must never start an option or a shell construct.
+_ADDRESS = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$|^::[0-9A-Fa-f:]*$")
+
+Source = str
+
+
+class HostSettings(BaseModel):
+    """What one host is told. Frozen: what was validated is what is used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str = Field(description="Public address or DNS name the blank host is reached by.")
+    port: int = Field(22, ge=1, le=65535, description="Port sshd answers on at the public address while the host is blank.")
+    user: str = Field("root", description="User to log in as. Anyone but root needs sudo.")
+    identity_file: str | None = Field(
+        None, description="Private key to log in with. Without it: the SSH agent, then the default keys."
+    )
+    host_key: str | None = Field(
+        None, description="Fingerprint (SHA256:...) of the host key, when the provider tells it. Without it the first key seen is pinned."
+    )
+    sudo_password: Source | None = Field(None, description="Source of the password sudo asks for (env:NAME, file:PATH, command:ARGV).")
+    login_password: Source | None = Field(
+        None, description="Source of the password of the first login, where the provider gives no key. Passwords are off afterwards."
+    )
+    authorized_keys: tuple[str, ...] = Field(
+        (), description="Public keys added for the login user and for the agent users; keys already there stay."
+    )
+
+    hostname: str | None = Field(None, description="The host's name on the tailnet. Without it: its name here.")
+    tailnet_address: str | None = Field(
+        None, description="Tailnet address of a host that was joined elsewhere. Without it: remembered, or asked of the operator's tailscale."
+    )
+    tailnet_proxy: str | None = Field(
+        None, description="Command that carries SSH into the tailnet (%h and %p are filled in), for a tailscaled in userspace mode."
+    )
+    auth_key: Source | None = Field(None, description="Source of the key the host joins the tailnet with. Not needed once it is joined.")
+    login_server: str = Field(UPSTREAM_LOGIN_SERVER, description="Control server of the tailnet.")
+    tailscale_repository: str | None = Field(
+        None, description="apt repository of tailscale. Without it: upstream's for the host's distribution."
+    )
+    tailscale_key_fingerprint: str = Field(
+        TAILSCALE_KEY_FINGERPRINT, description="Fingerprint of the key that signs that repository."
+    )
+    tailscale_tags: tuple[str, ...] = Field((), description="Tags the node asks for when it joins; an OAuth secret as auth_key needs them.")
+    accept_dns: bool = Field(True, description="Use the tailnet's DNS settings.")
+    accept_routes: bool = Field(False, description="Use routes other nodes advertise.")
+    accept_key_expiry: bool = Field(
+        False, description="Go on although the node's key will expire. It then drops off the tailnet on that day."
+    )
+
+    docker_source: Literal["debian", "docker", "none"] = Field(
+        "debian", description="Engine and compose of the distribution, of Docker's own repository, or no Docker at all."
+    )
+    docker_repository: str | None = Field(None, description="apt repository of Docker. Without it: upstream's for the host's distribution.")
+    docker_key_fingerprint: str = Field(DOCKER_KEY_FINGERPRINT, description="Fingerprint of the key that signs that repository.")
+    docker_users: tuple[str, ...] = Field(
+        (), description="Users put into the docker group. Each of them is root in all but name: whoever can start containers can read and write every file."
+    )
+
+    agent_users: tuple[str, ...] = Field(("agent",), description="Users the agents run as. Made without a password and without sudo.")
+    secrets: dict[str, Source] = Field(
+        default_factory=dict, description="Files with a secret: path on the host = source. Owned by root, mode 0600, directory 0700."
+    )
+    prune_foreign: bool = Field(False, description="Remove firewall rules that are not ours. Otherwise they are reported and left.")
+    unattended_upgrades: bool = Field(True, description="Install security updates, and tailscale's, without being asked.")
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        return self.agent_users
+
+    @field_validator("address", "tailnet_address")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not _ADDRESS.match(value):
+            raise ValueError("is an IP address or a DNS name")
+        return value
+
+    @field_validator("tailnet_address")
+    @classmethod
+    def _tailnet_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            ipaddress.ip_address(value)
+        return value
+
+    @field_validator("user")
+    @classmethod
+    def _user(cls, value: str) -> str:
+        return _check(_USER_NAME, value, "is a user name such as root or admin")
+
+    @field_validator("agent_users", "docker_users")
+    @classmethod
+    def _users(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            _check(_USER_NAME, value, "is a list of user names such as agent")
+        if len(set(values)) != len(values):
+            raise ValueError("names a user twice")
+        return values
+
+    @field_validator("agent_users")
+    @classmethod
+    def _agents(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if "root" in values:
+            raise ValueError("must not name root: agents run as a user of their own")
+        return values
+
+    @field_validator("hostname")
+    @classmethod
+    def _hostname(cls, value: str | None) -> str | None:
+        return value if value is None else _check(_HOST_NAME, value, "is lower-case letters, digits and dashes, 63 at most")
+
+    @field_validator("tailscale_key_fingerprint", "docker_key_fingerprint", mode="before")
+    @classmethod
+    def _fingerprint(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return _check(_FINGERPRINT, value.replace(" ", "").upper(), "is the 40 hex digits of a primary key")
+
+    @field_validator("host_key")
+    @classmethod
+    def _host_key(cls, value: str | None) -> str | None:
+        return value if value is None else _check(_SSH_FINGERPRINT, value, "is SHA256: and 43 characters, as ssh-keygen -lf prints it")
+
+    @field_validator("login_server", "tailscale_repository", "docker_repository")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"^https?://[^\s\"'\\]+$", value):
+            raise ValueError("is an http(s) address")
+        return value
+
+    @field_validator("tailscale_tags")
+    @classmethod
+    def _tags(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            _check(_TAG, value, "is a list of tags such as tag:server")
+        return values
+
+    @field_validator("authorized_keys")
+    @classmethod
+    def _keys(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if "\n" in value or not re.match(r"^(ssh-|ecdsa-|sk-)\S+ \S+", value):
+                raise ValueError("is a list of public keys as in authorized_keys, without options")
+        return values
+
+    @field_validator("sudo_password", "login_password", "auth_key")
+    @classmethod
+    def _source(cls, value: str | None) -> str | None:
+        return value if value is None else check_source(value)
+
+    @field_validator("secrets")
+    @classmethod
+    def _secrets(cls, values: dict[str, str]) -> dict[str, str]:
+        for path, source in values.items():
+            if not re.match(r"^/etc/[A-Za-z0-9._/-]+$", path) or ".." in path.split("/") or path.endswith("/"):
+                raise ValueError(f"has a path that is not a plain file below /etc: {path!r}")
+            if len(Path(path).parts) < 4:
+                raise ValueError(f"has a file directly in /etc: {path!r}; give it a directory of its own, which becomes 0700")
+            check_source(source)
+        return values
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> HostSettings:
+        if self.docker_source == "none" and self.docker_users:
+            raise ValueError('docker_users needs docker_source = "debian" or "docker"')
+        unknown = set(self.docker_users) - set(self.agent_users) - {self.user}
+        if unknown:
+            raise ValueError(f"docker_users names {', '.join(sorted(unknown))}, which is neither in agent_users nor the login user")
+        if self.tailnet_proxy is not None and "%h" not in self.tailnet_proxy:
+            raise ValueError("tailnet_proxy needs %h where the host's address goes")
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What may be printed: sources, never secrets."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """All hosts of one file."""
+
+    file: Path
+    hosts: dict[str, HostSettings]
+
+
+def _check(pattern: re.Pattern[str], value: str, rule: str) -> str:
+    if not pattern.match(value):
+        raise ValueError(rule)
+    return value
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The sentence that points at the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def parse_fleet(text: str, *, file: Path) -> Fleet:
+    """Read the text of a hosts file.
+
+    Raises SettingsError with the host and the key for the first thing that cannot be used.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file}: not TOML: {error}.") from error
+    for key in document:
+        if key not in ("defaults", "hosts"):
+            raise SettingsError(f"{file}: unknown table {key!r}.", hint=nearest(key, ["defaults", "hosts"]).strip())
+    defaults = _table(document.get("defaults", {}), file, "[defaults]")
+    if "address" in defaults or "tailnet_address" in defaults:
+        raise SettingsError(f"{file}: [defaults] has an address; every host has its own.", hint="Move it to [hosts.NAME].")
+    tables = _table(document.get("hosts", {}), file, "[hosts]")
+    if not tables:
+        raise SettingsError(f"{file}: no host in it.", hint="Add [hosts.NAME] with an address.")
+    hosts = {name: _host(name, _table(table, file, f"[hosts.{name}]"), defaults, file) for name, table in tables.items()}
+    _refuse_shared_addresses(hosts, file)
+    return Fleet(file=file, hosts=hosts)
+
+
+def _table(value: Any, file: Path, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SettingsError(f"{file}: {where} is not a table.")
+    return value
+
+
+def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path) -> HostSettings:
+    if not _HOST_NAME.match(name):
+        raise SettingsError(f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most.")
+    known = list(HostSettings.model_fields)
+    for where, keys in (("[defaults]", defaults), (f"[hosts.{name}]", table)):
+        for key in keys:
+            if key not in known:
+                raise SettingsError(f"{file}: {where}: unknown key {key!r}.{nearest(key, known)}")
+    merged = {**defaults, **table}
+    if isinstance(defaults.get("secrets"), dict) and isinstance(table.get("secrets"), dict):
+        merged["secrets"] = {**defaults["secrets"], **table["secrets"]}
+    try:
+        return HostSettings(**merged)
+    except ValidationError as error:
+        # The input may be a secret pasted in the wrong place: pydantic's own text would repeat it.
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SettingsError(f"{file}: [hosts.{name}]: {key or 'the host'}: {message}.") from None
+
+
+def _refuse_shared_addresses(hosts: dict[str, HostSettings], file: Path) -> None:
+    seen: dict[tuple[str, int], str] = {}
+    for name, host in hosts.items():
+        addresses = [(host.address.lower(), host.port)]
+        if host.tailnet_address:
+            addresses.append((str(ipaddress.ip_address(host.tailnet_address)), 0))
+        for address in addresses:
+            if address in seen:
+                raise SettingsError(f"{file}: hosts {seen[address]} and {name} have one address, {address[0]}.")
+            seen[address] = name
+
+
+def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -> Path:
+    """The file that names the hosts: QUIETPORT_HOSTS, else hosts.toml, else the only running lab's.
+
+    Raises SettingsError when there is none, or more than one lab runs.
+    """
+    environ = dict(os.environ) if environ is None else environ
+    cwd = cwd or Path.cwd()
+    if named := environ.get(ENV_HOSTS):
+        path = Path(named)
+        if not path.is_file():
+            raise SettingsError(f"{ENV_HOSTS} names {path}, which is not a file.", hint=f"Correct or unset {ENV_HOSTS}.")
+        return path
+    if (cwd / DEFAULT_FILE).is_file():
+        return cwd / DEFAULT_FILE
+    from control.labs import running_lab_files  # late: only this branch looks for labs
+
+    labs = running_lab_files(environ)
+    if len(labs) == 1:
+        return labs[0]
+    if labs:
+        raise SettingsError(
+            f"No {DEFAULT_FILE} here, and {len(labs)} labs run.", hint=f"Set {ENV_HOSTS} to one of: {', '.join(map(str, labs))}."
+        )
+    raise SettingsError(
+        f"No {DEFAULT_FILE} here, and no lab runs.",
+        hint=f"Copy hosts.example.toml to {DEFAULT_FILE} and fill in your host, or start the lab with `make lab-up`.",
+    )
+
+
+def load_fleet(path: Path) -> Fleet:
+    """Read a hosts file. Raises SettingsError."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read: {error}.") from error
+    return parse_fleet(text, file=path)
+
+
+@lru_cache(maxsize=1)
+def fleet() -> Fleet:
+    """The hosts of this process, read once. Raises SettingsError."""
+    return load_fleet(hosts_file())
+
+
+def settings_for(name: str) -> HostSettings:
+    """What the host called `name` is told. Raises SettingsError when the file does not name it."""
+    hosts = fleet().hosts
+    if name not in hosts:
+        raise SettingsError(f"{fleet().file}: no host called {name!r}.{nearest(name, list(hosts))}")
+    return hosts[name]

@@ -1,0 +1,1 @@
+"""What a host should be: one file a service, in the order `vps.py` calls them."""

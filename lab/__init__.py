@@ -1,0 +1,1 @@
+"""Disposable hosts, and the tailnet to try things on."""
