@@ -71,7 +71,9 @@ def run(
             check=False,
         )
     except FileNotFoundError as error:
-        raise LabError(f"{words[0]}: not installed.", hint="`python -m lab doctor` says how to get it.") from error
+        raise LabError(
+            f"{words[0]}: not installed.", hint="`python -m lab doctor` says how to get it."
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise LabError(f"{shlex.join(words)}: still not done after {timeout:g} s.", hint=_see(log)) from error
     finally:
@@ -127,7 +129,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def wait_until(probe: Callable[[], Value], *, timeout: float, what: str, interval: float = 0.2, hint: str = "") -> Value:
+def wait_until(
+    probe: Callable[[], Value], *, timeout: float, what: str, interval: float = 0.2, hint: str = ""
+) -> Value:
     """Ask `probe` until its answer is truthy, and return that answer.
 
     `what` is the state waited for ("sshd answers at 10.0.0.2"). `probe` only queries; changes are never
@@ -174,9 +178,7 @@ def identify(pid: int) -> Process:
     return Process(pid=pid, started=stat[1], boot_id=boot_id())
 
 
-def spawn(
-    argv: Argv, *, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
-) -> Process:
+def spawn(argv: Argv, *, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Process:
     """Start a daemon in a session of its own, with both outputs appended to `log`.
 
     Raises LabError when the program is missing.
@@ -195,7 +197,9 @@ def spawn(
                 start_new_session=True,
             )
         except FileNotFoundError as error:
-            raise LabError(f"{words[0]}: not installed.", hint="`python -m lab doctor` says how to get it.") from error
+            raise LabError(
+                f"{words[0]}: not installed.", hint="`python -m lab doctor` says how to get it."
+            ) from error
     _children.append(child)
     return identify(child.pid)
 
@@ -206,7 +210,10 @@ def alive(process: Process) -> bool:
         child.poll()
     stat = _stat(process.pid)
     return (
-        stat is not None and stat[0] not in "ZX" and stat[1] == process.started and process.boot_id == boot_id()
+        stat is not None
+        and stat[0] not in "ZX"
+        and stat[1] == process.started
+        and process.boot_id == boot_id()
     )
 
 
