@@ -1,0 +1,98 @@
+"""What every operation shares: refusing on one host, quoting, and showing a difference."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Generator
+from typing import Any
+
+import click
+from pyinfra import logger
+from pyinfra.api.command import FunctionCommand, PyinfraCommand, QuoteString, StringCommand
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+from pyinfra.context import host
+
+from control.secret import Secret
+
+# What an operation yields.
+Commands = Generator[PyinfraCommand, None, None]
+
+
+def refuse(sentence: str) -> FunctionCommand:
+    """A command that fails on this host alone with `NAME: refused: sentence`; later steps are not run there.
+
+    Use as `yield refuse("..."); return`. A dry run shows the sentence too, as a warning. An exception
+    in an operation would stop every host of the run instead.
+    """
+    if not host.state.is_executing:
+        logger.warning(f"{host.print_prefix}{host.name}: will be refused: {sentence}")
+    return FunctionCommand(_refused, (sentence,), {})
+
+
+def _refused(state: State, host: Host, sentence: str) -> bool:
+    # pyinfra passes state and host to a function with these argument names, and counts False as failure.
+    logger.error(f"{host.print_prefix}{click.style(f'{host.name}: refused: {sentence}', fg='red')}")
+    return False
+
+
+def warn(sentence: str) -> None:
+    """Log one line about this host that is no change and no error, once a run (at prepare)."""
+    if not host.state.is_executing:
+        logger.warning(f"{host.print_prefix}{host.name}: {sentence}")
+
+
+def show_diff(path: str, old: str | None, new: str | None) -> None:
+    """Print how the text of `path` will change, when the run was started with --diff. None: no such file.
+
+    Only at prepare, so once. Never call it with a secret.
+    """
+    if host.state.is_executing or not host.state.config.DIFF:
+        return
+    lines = difflib.unified_diff(
+        (old or "").splitlines(),
+        (new or "").splitlines(),
+        fromfile="/dev/null" if old is None else path,
+        tofile="/dev/null" if new is None else path,
+        lineterm="",
+    )
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    for line in lines:
+        # Text from a host reaches a terminal without control characters.
+        clean = "".join(char if char.isprintable() or char == "\t" else "�" for char in line)
+        logger.info(f"{host.print_prefix}  {click.style(clean, fg=colours.get(clean[:1]))}")
+
+
+def program(*argv: str, stdin: bytes | Secret | None = None, timeout: int | None = None) -> StringCommand:
+    """The command that runs a program with exactly these arguments.
+
+    `stdin` is written as it is, nothing added. `timeout` is in seconds.
+    """
+    return StringCommand(*(QuoteString(word) for word in argv), **_arguments(stdin, timeout))
+
+
+def script(
+    text: str, *args: str, stdin: bytes | Secret | None = None, timeout: int | None = None
+) -> StringCommand:
+    """The command that runs a shell script with `args` as its $1, $2... No value is pasted into `text`."""
+    return program("sh", "-c", text, "sh", *args, stdin=stdin, timeout=timeout)
+
+
+def _arguments(stdin: bytes | Secret | None, timeout: int | None) -> Any:
+    # Untyped: pyinfra declares _stdin as text, and our connector takes bytes and Secret besides.
+    arguments: dict[str, Any] = {}
+    if stdin is not None:
+        arguments["_stdin"] = stdin
+    if timeout is not None:
+        arguments["_timeout"] = timeout
+    return arguments
+
+
+def unknown_yet(what: str) -> str:
+    """What an operation's name ends with when its content is known only after an earlier change."""
+    return f" [content known after {what}]"
+
+
+def executing() -> bool:
+    """True while the host is being changed, False while the plan is made."""
+    return host.state.is_executing

@@ -1,0 +1,158 @@
+"""Files, directories and links: each written in one atomic step, private from the first byte."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import PurePosixPath
+from typing import Any
+
+from pyinfra.api.command import StringCommand
+from pyinfra.api.operation import operation
+from pyinfra.context import host
+
+from control.secret import Secret
+from facts.files import FileState, FileText
+from operations.common import Commands, program, refuse, script, show_diff
+
+# The temporary file is in the destination's directory: only there is the rename atomic, and no directory
+# that others can write to is involved. `sync` first, or a crash after the rename leaves an empty file.
+_WRITE = """set -eu
+umask 077
+temp=$(mktemp -- "$(dirname -- "$1")/.quietport.XXXXXXXXXX")
+trap 'rm -f -- "$temp"' EXIT
+trap 'exit 1' HUP INT TERM PIPE
+cat >"$temp"
+chown -- "$3:$4" "$temp"
+chmod -- "$2" "$temp"
+sync -- "$temp"
+mv -fT -- "$temp" "$1"
+"""
+WRITE_TIMEOUT_S = 120
+
+
+def as_bytes(content: str | bytes | Secret) -> bytes:
+    """The bytes a file will hold."""
+    if isinstance(content, Secret):
+        return content.reveal()
+    return content.encode() if isinstance(content, str) else content
+
+
+def write(
+    path: str, content: str | bytes | Secret, *, mode: str = "0644", user: str = "root", group: str = "root"
+) -> StringCommand:
+    """The command that puts `content` at `path` in one step; its directory must exist."""
+    stdin = content if isinstance(content, Secret) else as_bytes(content)
+    return script(_WRITE, path, mode, user, group, stdin=stdin, timeout=WRITE_TIMEOUT_S)
+
+
+def same_file(
+    state: dict[str, Any],
+    content: str | bytes | Secret,
+    *,
+    mode: str,
+    user: str = "root",
+    group: str = "root",
+) -> bool:
+    """Whether a file in `state` (as FileState tells it) is already as wanted: content, mode and owner."""
+    return (
+        state["kind"] == "file"
+        and state["sha256"] == hashlib.sha256(as_bytes(content)).hexdigest()
+        and _same_mode(state, mode, user, group)
+    )
+
+
+def _same_mode(state: dict[str, Any], mode: str, user: str, group: str) -> bool:
+    return (int(state["mode"], 8), state["user"], state["group"]) == (int(mode, 8), user, group)
+
+
+def put_if_needed(
+    path: str,
+    content: str | bytes | Secret,
+    *,
+    mode: str = "0644",
+    user: str = "root",
+    group: str = "root",
+    secret: bool = False,
+) -> Commands:
+    """What `put` yields, for operations that own a file and what follows from it. Nothing when it is right.
+
+    A directory or a special file in the way is refused; a symbolic link is replaced by the file.
+    """
+    state = host.get_fact(FileState, path=path)
+    if same_file(state, content, mode=mode, user=user, group=group):
+        return
+    if state["kind"] in ("directory", "other"):
+        yield refuse(f"{path} is a {state['kind']}, where a file belongs. Move it away and run again.")
+        return
+    if not (secret or isinstance(content, Secret)):
+        old = host.get_fact(FileText, path=path) if state["kind"] == "file" else None
+        show_diff(path, old, as_bytes(content).decode(errors="replace"))
+    yield write(path, content, mode=mode, user=user, group=group)
+
+
+@operation()
+def put(
+    path: str,
+    content: str | bytes | Secret,
+    *,
+    mode: str = "0644",
+    user: str = "root",
+    group: str = "root",
+    secret: bool = False,
+) -> Commands:
+    """The file `path` holds exactly `content`. `secret`: never show it in a difference.
+
+    Give every call a `name=`: pyinfra prints the arguments of operations without one.
+    """
+    changed = False
+    for command in put_if_needed(path, content, mode=mode, user=user, group=group, secret=secret):
+        changed = True
+        yield command
+    if not changed:
+        host.noop(f"{path} is as wanted")
+
+
+@operation()
+def directory(
+    path: str, *, mode: str = "0755", user: str = "root", group: str = "root"
+) -> Commands:
+    """The directory `path` exists with this mode and owner. Its parent must exist."""
+    state = host.get_fact(FileState, path=path)
+    if state["kind"] == "directory" and _same_mode(state, mode, user, group):
+        host.noop(f"{path} is as wanted")
+        return
+    if state["kind"] not in ("directory", "absent"):
+        yield refuse(f"{path} is a {state['kind']}, where a directory belongs. Move it away and run again.")
+        return
+    yield program("install", "-d", "-m", mode, "-o", user, "-g", group, "--", path)
+
+
+@operation()
+def absent(path: str) -> Commands:
+    """There is no file or link at `path`. A directory is refused: it is never removed with what is in it."""
+    state = host.get_fact(FileState, path=path)
+    if state["kind"] == "absent":
+        host.noop(f"{path} is absent")
+        return
+    if state["kind"] == "directory":
+        yield refuse(f"{path} is a directory, which is never removed. Look into it, and remove it by hand.")
+        return
+    if state["kind"] == "file":
+        show_diff(path, host.get_fact(FileText, path=path), None)
+    yield program("rm", "-f", "--", path)
+
+
+@operation()
+def link(path: str, target: str) -> Commands:
+    """`path` is a symbolic link to `target`. A file or directory in the way is refused."""
+    state = host.get_fact(FileState, path=path)
+    if state["kind"] == "link" and state.get("target") == target:
+        host.noop(f"{path} points to {target}")
+        return
+    if state["kind"] not in ("link", "absent"):
+        yield refuse(f"{path} is a {state['kind']}, where a link belongs. Move it away and run again.")
+        return
+    # `ln -sf` removes first and links then; a rename has no moment without the link.
+    parent = PurePosixPath(path)
+    temp = str(parent.with_name(f".{parent.name}.quietport-link"))
+    yield script('ln -sfn -- "$1" "$2" && mv -fT -- "$2" "$3"', target, temp, path)
