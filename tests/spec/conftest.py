@@ -29,7 +29,7 @@ def _chosen(config: pytest.Config) -> list[str]:
         return known
     names = [name.removeprefix(f"{backend.NAME}://") for name in wanted.split(",")]
     if unknown := sorted(set(names) - set(known)):
-        raise pytest.UsageError(f"{fleet().file}: no host called {', '.join(unknown)}. It has: {', '.join(known)}.")
+        raise pytest.UsageError(f"{fleet().file} names no {', '.join(unknown)}. It has: {', '.join(known)}.")
     return names
 
 

@@ -62,5 +62,5 @@ class Reading:
 
     def unit(self, unit: str) -> Mapping[str, str]:
         """What systemd says about one unit. `is-enabled` is not asked: it fails for masked units."""
-        wanted = "LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,Result,ExecMainStatus,FragmentPath,DropInPaths"
-        return dict(line.partition("=")[::2] for line in self.lines("systemctl show -p %s -- %s", wanted, unit))
+        shown = self.lines("systemctl show -p LoadState,ActiveState,Result,ExecMainStatus -- %s", unit)
+        return dict(line.partition("=")[::2] for line in shown)

@@ -1,0 +1,55 @@
+"""Firewall: everything in is denied, but the tailnet and the port WireGuard needs."""
+
+from __future__ import annotations
+
+import pytest
+
+from control.settings import HostSettings
+from facts.ufw import Ufw
+from facts.units import Units
+from tests.spec.reading import Reading
+
+MARK = "quietport"
+
+
+def test_it_is_active(reading: Reading) -> None:
+    ufw = reading.fact(Ufw)
+    assert (ufw["installed"], ufw["active"]) == (True, True)
+
+
+def test_it_comes_back_after_a_reboot(reading: Reading) -> None:
+    unit = reading.fact(Units, ["ufw.service"])["ufw.service"]
+    assert unit["enabled"] == "enabled"
+
+
+def test_incoming_is_denied_and_outgoing_allowed(reading: Reading) -> None:
+    defaults = reading.fact(Ufw)["defaults"]
+    assert (defaults["incoming"], defaults["outgoing"]) == ("deny", "allow")
+
+
+def test_it_covers_ipv6(reading: Reading) -> None:
+    assert reading.fact(Ufw)["ipv6"] is True
+
+
+def test_rules_are_the_exact_ones(reading: Reading, settings: HostSettings) -> None:
+    ours = [rule for rule in reading.fact(Ufw)["rules"] if MARK in rule]
+    foreign = [rule for rule in reading.fact(Ufw)["rules"] if MARK not in rule]
+    assert len(ours) == 2
+    assert [rule for rule in ours if rule.startswith("allow in on tailscale0")]
+    assert [rule for rule in ours if rule.startswith("allow 41641/udp")]
+    if settings.prune_foreign:
+        assert foreign == []
+
+
+def test_the_kernel_drops_what_no_rule_allows(reading: Reading) -> None:
+    """What we believe is what runs: the policy of the kernel's chain, not ufw's word for it."""
+    assert reading.lines("iptables -S INPUT")[0] == "-P INPUT DROP"
+    assert reading.lines("ip6tables -S INPUT")[0] == "-P INPUT DROP"
+
+
+@pytest.mark.parametrize("program", ["iptables", "ip6tables"])
+def test_the_kernel_lets_the_tailnet_in(reading: Reading, program: str) -> None:
+    chain = "ufw-user-input" if program == "iptables" else "ufw6-user-input"
+    rules = reading.lines("%s -S %s", program, chain)
+    assert [rule for rule in rules if "-i tailscale0" in rule and rule.endswith("-j ACCEPT")]
+    assert [rule for rule in rules if "--dport 41641" in rule and rule.endswith("-j ACCEPT")]
