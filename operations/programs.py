@@ -1,0 +1,29 @@
+"""quietport's own programs on the host."""
+
+from __future__ import annotations
+
+from pyinfra.api.operation import operation
+from pyinfra.context import host
+
+from operations.common import Commands, program
+from operations.files import put_if_needed
+
+LIBRARY = "/usr/local/lib/quietport"
+ZIPAPP = f"{LIBRARY}/quietport.pyz"
+LAUNCHER = "/usr/local/sbin/quietport"
+# -I: neither the caller's directory nor PYTHON* variables decide what root runs.
+LAUNCHER_TEXT = f'#!/bin/sh\nexec /usr/bin/python3 -I {ZIPAPP} "$@"\n'
+
+
+@operation()
+def installed(pyz: bytes) -> Commands:
+    """The zipapp `pyz` and the launcher `quietport` are in place. Same bytes, no change."""
+    changed = False
+    for path, content, mode in ((ZIPAPP, pyz, "0644"), (LAUNCHER, LAUNCHER_TEXT.encode(), "0755")):
+        for command in put_if_needed(path, content, mode=mode, secret=path == ZIPAPP):
+            if not changed:
+                yield program("install", "-d", "-m", "0755", "-o", "root", "-g", "root", "--", LIBRARY)
+            changed = True
+            yield command
+    if not changed:
+        host.noop("the programs are as built")
