@@ -1,0 +1,130 @@
+"""End-to-end stories on real targets. Each kind of target tells its own, in the background.
+
+`fleet` is both Debians in containers, converged in one run; `vm` is the VM; `faults` is a host where
+things go wrong. The tests wait for the chapter they are about. A story whose tests failed keeps its
+targets and their logs, the others are taken down.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.lab.story import Lab, in_ci
+from tests.lab.tale import Tale, tell
+
+STORIES = {
+    "fleet": (("container", "trixie"), ("container", "bookworm")),
+    "vm": (("vm", "trixie"),),
+}
+if os.environ.get("QUIETPORT_TEST_ALL") == "1":
+    STORIES["vm_bookworm"] = (("vm", "bookworm"),)
+MARKERS = {
+    "container": "needs Docker and root: a target in a container",
+    "vm": "needs libvirt, QEMU and root: a target in a virtual machine",
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name, what in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
+
+
+def _kind(story: str) -> str:
+    return STORIES[story][0][0]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test of the story is a test of each target it is told on."""
+    if "story" in metafunc.fixturenames:
+        told = [pytest.param(name, marks=getattr(pytest.mark, _kind(name))) for name in STORIES]
+        metafunc.parametrize("story", told, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults first: they keep this thread busy while the stories are told in the background."""
+    items.sort(key=lambda item: 0 if "test_faults" in item.nodeid else 1 if "fleet" in item.name else 2)
+
+
+@dataclass
+class Stories:
+    """What is being told, and which stories had a failing test."""
+
+    told: dict[str, Tale]
+    failed: set[str]
+
+
+def _missing(kind: str) -> str:
+    """What this machine lacks for a target of that kind, as a sentence, or nothing."""
+    if os.geteuid() != 0:
+        return "the lab needs root on this machine; run `make test` as root"
+    programs = {"container": ("ip", "docker"), "vm": ("ip", "vagrant", "virsh")}[kind]
+    lacking = [program for program in programs if shutil.which(program) is None]
+    return f"{', '.join(lacking)} not installed; `python -m lab doctor` says how to get it" if lacking else ""
+
+
+@pytest.fixture(scope="session")
+def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
+    """Start every story that a selected test is about; all run at the same time."""
+    wanted = [name for name in STORIES if any(f"[{name}" in item.name for item in request.session.items)]
+    told = {name: tell(name, STORIES[name]) for name in wanted if in_ci() or not _missing(_kind(name))}
+    stories = Stories(told, set())
+    yield stories
+    for name, tale in told.items():
+        if name in stories.failed:
+            tale.lab.collect()
+        else:
+            tale.lab.down()
+
+
+@pytest.fixture
+def tale(story: str, stories: Stories, request: pytest.FixtureRequest) -> Iterator[Tale]:
+    """The story a test is about."""
+    if story not in stories.told:
+        pytest.skip(f"story {story}: {_missing(_kind(story))}")
+    before = request.session.testsfailed
+    yield stories.told[story]
+    if request.session.testsfailed > before or request.node.stash.get(FAILED, False):
+        stories.failed.add(story)
+
+
+FAILED: pytest.StashKey[bool] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Note on the test that it failed, for the fixtures that then keep their targets."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+@pytest.fixture(scope="module")
+def blank(stories: Stories, request: pytest.FixtureRequest) -> Iterator[tuple[Lab, str]]:
+    """A lab of its own with one blank host, for what must go wrong on it."""
+    if not in_ci() and (lacking := _missing("container")):
+        pytest.skip(f"faults: {lacking}")
+    lab = Lab.new("faults")
+    failed = request.session.testsfailed
+    try:
+        name = lab.up(kind="container", distro="trixie")
+        yield lab, name
+    except BaseException:
+        lab.collect()
+        raise
+    if request.session.testsfailed > failed:
+        lab.collect()
+    else:
+        lab.down()
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Path:
+    """A directory for keys nobody knows."""
+    return tmp_path

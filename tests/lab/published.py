@@ -1,0 +1,73 @@
+"""Containers that publish on every address, and all the ways a stranger may try to reach them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lab.state import Target
+from tests.lab.story import Hosts, Place
+
+PORT = 8080
+NETWORK = "e2e"
+IMAGE = "e2e-httpd"
+# A static busybox is an image of its own; nothing is pulled from anywhere.
+_IMAGE = f"""
+set -e
+docker image inspect {IMAGE} >/dev/null 2>&1 && exit 0
+command -v busybox >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -q -y install busybox-static
+box=$(command -v busybox)
+tar -C / -c --transform 's,.*/busybox,bin/busybox,' "$box" 2>/dev/null | docker import - {IMAGE}
+"""
+_SERVE = f"--restart always {IMAGE} /bin/busybox nc -ll -p 80 -e /bin/busybox echo hello"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a published port could be reached from outside, if nothing stopped it."""
+
+    target: Target
+    places: tuple[Place, ...]
+
+    @property
+    def ports(self) -> tuple[Place, ...]:
+        """The host's own addresses with the published port."""
+        return tuple(place for place in self.places if place[1] != 80)
+
+
+def publish(hosts: Hosts, target: Target) -> Published:
+    """Start one container on Docker's own bridge and one on a network such as compose makes."""
+    hosts.ssh(target.name, _IMAGE).ok()
+    subnet6 = "fd00:e2e::/64"
+    commands = [
+        f"docker network inspect {NETWORK} >/dev/null 2>&1 ||"
+        f" docker network create --ipv6 --subnet {subnet6} {NETWORK}",
+        f"docker rm -f e2e-bridge e2e-network >/dev/null 2>&1; docker run -d --name e2e-bridge -p 0.0.0.0:{PORT}:80 {_SERVE}",
+        f"docker run -d --name e2e-network --network {NETWORK}"
+        f" -p 0.0.0.0:{PORT + 1}:80 -p [::]:{PORT + 1}:80 {_SERVE}",
+    ]
+    hosts.ssh(target.name, "set -e; " + "; ".join(commands)).ok()
+    inside = container_addresses(hosts, target.name)
+    own = [(address, PORT + n) for address in (target.public_ip, target.public_ip6) for n in (0, 1)]
+    return Published(target, (*own, *((address, 80) for address in inside)))
+
+
+def container_addresses(hosts: Hosts, name: str) -> list[str]:
+    """IPv4 and IPv6 addresses of all running containers of a host."""
+    done = hosts.ssh(name, "docker ps -q | xargs -r docker inspect").ok()
+    networks = [net for box in json.loads(done.out or "[]") for net in box["NetworkSettings"]["Networks"].values()]
+    return [net[key] for net in networks for key in ("IPAddress", "GlobalIPv6Address") if net[key]]
+
+
+@contextmanager
+def shield_lowered(hosts: Hosts, name: str) -> Iterator[None]:
+    """The same host without our chain, and with the port open: shows that the probe can see it."""
+    both = "for t in iptables ip6tables; do $t {}; done"
+    rule = f"INPUT -p tcp --dport {PORT}:{PORT + 1} -j ACCEPT"
+    hosts.ssh(name, both.format("-F DOCKER-USER") + "; " + both.format(f"-I {rule}")).ok()
+    try:
+        yield
+    finally:
+        hosts.ssh(name, both.format(f"-D {rule}") + "; systemctl restart quietport-docker-user").ok()

@@ -1,0 +1,107 @@
+"""The main story: a blank host, one command, a host that only its tailnet can see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from tests.lab.published import Published, publish
+from tests.lab.story import (
+    SECRET_PATH,
+    SECRET_VARIABLE,
+    Chapters,
+    Done,
+    Hosts,
+    Lab,
+    Place,
+    reachable,
+)
+
+RETURN_TIMEOUT_S = 300
+
+
+@dataclass
+class Tale:
+    """One story: its lab, its hosts file, and what its chapters found."""
+
+    lab: Lab
+    wanted: Sequence[tuple[str, str]]
+    names: list[str] = field(default_factory=list)
+    hosts: Hosts = field(init=False)
+    published: dict[str, Published] = field(default_factory=dict)
+    chapters: Chapters = field(init=False)
+
+    def ssh_places(self) -> list[Place]:
+        """Port 22 of every target's public addresses."""
+        targets = [self.lab.target(name) for name in self.names]
+        return [(address, 22) for t in targets for address in (t.public_ip, t.public_ip6)]
+
+    def up(self) -> None:
+        """Blank targets, made at the same time, and the operator's hosts file for them."""
+        with ThreadPoolExecutor() as pool:
+            self.names = sorted(pool.map(lambda w: self.lab.up(kind=w[0], distro=w[1]), self.wanted))
+        # Both sources of Docker in one run: Debian 12 takes Docker's own repository, for compose 2.
+        bookworm = {"c12": {"docker_source": "docker"}}
+        every = {"secrets": {SECRET_PATH: f"env:{SECRET_VARIABLE}"}}
+        self.hosts = Hosts.of(self.lab, "story", every=every, **bookworm)
+
+    def public_side(self) -> dict[str, set[Place]]:
+        """Which public addresses answer on port 22, per host."""
+        return {
+            name: reachable(self.lab.target(name), [p for p in self.ssh_places() if p[0] in self._addresses(name)])
+            for name in self.names
+        }
+
+    def _addresses(self, name: str) -> tuple[str, str]:
+        target = self.lab.target(name)
+        return target.public_ip, target.public_ip6
+
+    def publish(self) -> None:
+        """A container on every host that publishes on all addresses, so that the specs find some."""
+        self.published = {name: publish(self.hosts, self.lab.target(name)) for name in self.names}
+
+    def restart(self) -> None:
+        """Reboot every host, and wait until sshd answers on the tailnet again."""
+        before = {name: self._boot(name) for name in self.names}
+        for name in self.names:
+            self.lab("restart", name).ok()
+        for name in self.names:
+            self._wait_for_return(name, before[name])
+
+    def _boot(self, name: str) -> str:
+        # A container shares the machine's boot id; when its PID 1 began tells restarts apart.
+        return self.hosts.ssh(name, "stat -c %Z /proc/1").ok().out.strip()
+
+    def _wait_for_return(self, name: str, before: str) -> None:
+        end = time.monotonic() + RETURN_TIMEOUT_S
+        last: Done | None = None
+        while time.monotonic() < end:
+            last = self.hosts.ssh(name, "stat -c %Z /proc/1", timeout=30)
+            if last.code == 0 and last.out.strip() not in ("", before):
+                self.hosts.ssh(name, "systemctl is-system-running --wait", timeout=180)
+                return
+            time.sleep(2)
+        raise AssertionError(f"{name} did not come back on the tailnet: {last.text[-2000:] if last else ''}")
+
+
+def tell(word: str, wanted: Sequence[tuple[str, str]]) -> Tale:
+    """Begin a story in the background."""
+    tale = Tale(Lab.new(word.replace("_", "-")), wanted)
+    tale.chapters = Chapters(
+        [
+            ("up", tale.up),
+            ("blank", tale.public_side),
+            ("dry", lambda: tale.hosts.dry("--diff")),
+            ("apply", lambda: tale.hosts.apply()),
+            ("closed", tale.public_side),
+            ("spec", lambda: tale.hosts.spec()),
+            ("again", lambda: tale.hosts.apply()),
+            ("publish", tale.publish),
+            ("restart", tale.restart),
+            ("closed again", tale.public_side),
+            ("spec again", lambda: tale.hosts.spec()),
+        ]
+    ).start()
+    return tale

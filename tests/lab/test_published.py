@@ -1,0 +1,68 @@
+"""Docker's published ports: closed to the public, before, during and after whatever restarts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.lab.published import Published, container_addresses, shield_lowered
+from tests.lab.story import reachable, watched
+from tests.lab.tale import Tale
+
+DISTURBANCES = (
+    "systemctl restart docker",
+    "systemctl restart ufw",
+    "systemctl restart quietport-docker-user",
+    "systemctl stop docker docker.socket && sleep 2 && systemctl start docker",
+)
+
+
+@pytest.fixture
+def published(tale: Tale) -> dict[str, Published]:
+    """What each host of the story publishes, after everything else of the story."""
+    tale.chapters["spec again"]
+    return tale.published
+
+
+def test_nothing_published_is_reachable(published: dict[str, Published]) -> None:
+    for one in published.values():
+        assert reachable(one.target, one.places) == set()
+
+
+def test_the_probe_would_have_seen_it(tale: Tale, published: dict[str, Published]) -> None:
+    """Positive control: without our chain the same probe reaches ports and containers."""
+    for name, one in published.items():
+        with shield_lowered(tale.hosts, name):
+            seen = reachable(one.target, one.places)
+            assert {place for place in one.ports if "." in place[0]} <= seen
+            assert {place for place in seen if ":" in place[0]}
+            assert {place for place in seen if place[1] == 80}
+        assert reachable(one.target, one.places) == set()
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+def test_it_stays_closed_throughout(tale: Tale, published: dict[str, Published], disturbance: str) -> None:
+    for name, one in published.items():
+        with watched(one.target, one.places) as seen:
+            tale.hosts.ssh(name, f"{disturbance} && sleep 3").ok()
+            tale.hosts.ssh(name, "docker ps -q --filter name=e2e").ok()
+        assert seen.opened == []
+        assert seen.tries > len(one.places)
+
+
+def test_containers_still_reach_out(tale: Tale, published: dict[str, Published]) -> None:
+    """The chain drops what is new from outside, not the answers to what containers ask."""
+    for name, one in published.items():
+        # The machine the lab runs on: the packages of this very run came from there.
+        url = tale.hosts.ssh(name, "sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/tailscale.sources").ok().out
+        for container in ("e2e-bridge", "e2e-network"):
+            fetch = f"docker exec {container} /bin/busybox wget -q -T 20 -O /dev/null {url.strip()}/trixie.noarmor.gpg"
+            tale.hosts.ssh(name, fetch).ok()
+        assert container_addresses(tale.hosts, name)
+        assert one.places
+
+
+def test_the_tailnet_reaches_what_is_published(tale: Tale, published: dict[str, Published]) -> None:
+    """Closed to the public only: the tailnet may come in, that is what the port is published for."""
+    for name in published:
+        rules = tale.hosts.ssh(name, "iptables -S DOCKER-USER").ok().out
+        assert "-i tailscale0 -j RETURN" in rules
