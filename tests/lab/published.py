@@ -44,7 +44,8 @@ def publish(hosts: Hosts, target: Target) -> Published:
     commands = [
         f"docker network inspect {NETWORK} >/dev/null 2>&1 ||"
         f" docker network create --ipv6 --subnet {subnet6} {NETWORK}",
-        f"docker rm -f e2e-bridge e2e-network >/dev/null 2>&1; docker run -d --name e2e-bridge -p 0.0.0.0:{PORT}:80 {_SERVE}",
+        "docker rm -f e2e-bridge e2e-network >/dev/null 2>&1",
+        f"docker run -d --name e2e-bridge -p 0.0.0.0:{PORT}:80 {_SERVE}",
         f"docker run -d --name e2e-network --network {NETWORK}"
         f" -p 0.0.0.0:{PORT + 1}:80 -p [::]:{PORT + 1}:80 {_SERVE}",
     ]
@@ -57,8 +58,9 @@ def publish(hosts: Hosts, target: Target) -> Published:
 def container_addresses(hosts: Hosts, name: str) -> list[str]:
     """IPv4 and IPv6 addresses of all running containers of a host."""
     done = hosts.ssh(name, "docker ps -q | xargs -r docker inspect").ok()
-    networks = [net for box in json.loads(done.out or "[]") for net in box["NetworkSettings"]["Networks"].values()]
-    return [net[key] for net in networks for key in ("IPAddress", "GlobalIPv6Address") if net[key]]
+    boxes = json.loads(done.out or "[]")
+    networks = [network for box in boxes for network in box["NetworkSettings"]["Networks"].values()]
+    return [network[key] for network in networks for key in ("IPAddress", "GlobalIPv6Address") if network[key]]
 
 
 @contextmanager

@@ -49,14 +49,8 @@ class Tale:
 
     def public_side(self) -> dict[str, set[Place]]:
         """Which public addresses answer on port 22, per host."""
-        return {
-            name: reachable(self.lab.target(name), [p for p in self.ssh_places() if p[0] in self._addresses(name)])
-            for name in self.names
-        }
-
-    def _addresses(self, name: str) -> tuple[str, str]:
-        target = self.lab.target(name)
-        return target.public_ip, target.public_ip6
+        targets = [self.lab.target(name) for name in self.names]
+        return {t.name: reachable(t, [(t.public_ip, 22), (t.public_ip6, 22)]) for t in targets}
 
     def publish(self) -> None:
         """A container on every host that publishes on all addresses, so that the specs find some."""

@@ -52,11 +52,12 @@ def test_it_stays_closed_throughout(tale: Tale, published: dict[str, Published],
 def test_containers_still_reach_out(tale: Tale, published: dict[str, Published]) -> None:
     """The chain drops what is new from outside, not the answers to what containers ask."""
     for name, one in published.items():
-        # The machine the lab runs on: the packages of this very run came from there.
-        url = tale.hosts.ssh(name, "sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/tailscale.sources").ok().out
+        # The repository that the lab serves: plain HTTP, and outside of the host.
+        sources = "/etc/apt/sources.list.d/tailscale.sources"
+        url = tale.hosts.ssh(name, f"sed -n 's/^URIs: *//p' {sources}").ok().out.strip()
         for container in ("e2e-bridge", "e2e-network"):
-            fetch = f"docker exec {container} /bin/busybox wget -q -T 20 -O /dev/null {url.strip()}/trixie.noarmor.gpg"
-            tale.hosts.ssh(name, fetch).ok()
+            fetch = f"/bin/busybox wget -q -T 20 -O /dev/null {url}/trixie.noarmor.gpg"
+            tale.hosts.ssh(name, f"docker exec {container} {fetch}").ok()
         assert container_addresses(tale.hosts, name)
         assert one.places
 

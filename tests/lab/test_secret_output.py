@@ -8,7 +8,13 @@ from tests.lab.story import DEPLOY, SECRET_PATH, Hosts, canary
 from tests.lab.tale import Tale
 
 OTHER = "/etc/e2e-canary/key"
-LOUD = (("--dry", "--diff"), ("--dry", "-vvv"), ("--dry", "--debug"), ("--debug-operations",), ("--dry", "--json"))
+LOUD = (
+    ("--dry", "--diff"),
+    ("--dry", "-vvv"),
+    ("--dry", "--debug"),
+    ("--dry", "--json"),
+    ("--debug-operations",),
+)
 
 
 @pytest.fixture
