@@ -1,0 +1,284 @@
+"""Container targets: a blank Debian host as a systemd container, with addresses of its own.
+
+It is Docker's in name only: systemd is its first process, /run is fresh after every restart, name and
+resolver are plain files of its own, and containers run inside it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lab import images, keys, network, public
+from lab.engine import LABEL, Engine
+from lab.process import LabError, run, say, step, wait_until
+from lab.state import Run, Subnet, Target
+
+NAMES = {"trixie": "c13", "bookworm": "c12"}
+BOOT_TIMEOUT = 90
+CGROUP = Path("/sys/fs/cgroup")
+# Neither the privileged mode nor all capabilities: machines without CAP_SYS_RESOURCE refuse both.
+RIGHTS = (
+    "--cap-add=ALL",
+    "--cap-drop=SYS_RESOURCE",
+    "--security-opt=seccomp=unconfined",
+    "--security-opt=apparmor=unconfined",
+    # Else no container starts in it: runc cannot mount a /proc below one that is partly covered.
+    "--security-opt=systempaths=unconfined",
+    "--sysctl=net.ipv6.conf.all.disable_ipv6=0",
+    "--sysctl=net.ipv6.conf.default.disable_ipv6=0",
+)
+DEVICES = ("/dev/net/tun", "/dev/fuse")
+
+
+def name_of(distro: str) -> str:
+    """The name of the run's container target with that Debian."""
+    return NAMES[distro]
+
+
+def describe(run_: Run, distro: str, subnet: Subnet) -> Target:
+    """The target as it will be: Debian N has host number N, its public side number 100 + N."""
+    name = name_of(distro)
+    number = int(name[1:])
+    return Target(
+        name=name,
+        kind="container",
+        distro=distro,
+        public_ip=subnet.host4(number),
+        public_ip6=subnet.host6(number),
+        bridge=subnet.bridge,
+        namespace=public.namespace_name(run_, name),
+        peer_ip=subnet.host4(100 + number),
+        peer_ip6=subnet.host6(100 + number),
+        detail={"container": f"qp-{run_.tag}-{name}"},
+    )
+
+
+def create(run_: Run, engine: Engine, distro: str) -> Target:
+    """Boot a blank host and its public side. Raises LabError that says what did not come up."""
+    image = images.ensure(engine, distro)
+    target = run_.save_target(describe(run_, distro, network.ensure_container(run_, engine)))
+    with step(f"blank Debian host {target.name} ({distro}, container)"):
+        engine.docker("rm", "--force", "--volumes", _container(target), check=False)
+        _make(run_, engine, target, image)
+        _give_keys(run_, engine, target)
+        _boot(engine, target)
+    return run_.save_target(replace(target, state="running"))
+
+
+def start(run_: Run, engine: Engine, target: Target) -> Target:
+    """Start a target that is down, and make its public side whole."""
+    network.ensure_container(run_, engine)
+    _boot(engine, target)
+    return run_.save_target(replace(target, state="running"))
+
+
+def destroy(run_: Run, engine: Engine | None, target: Target) -> None:
+    """Take a target away, with its public side and its snapshot. Gone already is fine."""
+    public.remove(target)
+    if engine:
+        engine.docker("rm", "--force", "--volumes", _container(target), check=False)
+        engine.docker("image", "rm", "--force", _snapshot(run_, target), check=False)
+    run_.forget_target(target.name)
+
+
+def restart(run_: Run, engine: Engine, target: Target) -> None:
+    """Restart it, as a reboot would: every process ends and /run is empty after. Waits for systemd."""
+    engine.docker("restart", "--time", "30", _container(target))
+    _boot(engine, target)
+    run_.save_target(replace(target, state="running"))
+
+
+def snapshot(run_: Run, engine: Engine, target: Target) -> None:
+    """Keep the target's disk as it is now, containers in it included. One snapshot, the newest."""
+    execute(engine, target, ["sync"])
+    engine.docker("commit", f"--change=LABEL {LABEL}={run_.tag}", _container(target), _snapshot(run_, target))
+    _remove_dangling(run_, engine)
+
+
+def restore(run_: Run, engine: Engine, target: Target) -> None:
+    """Boot the target from its snapshot: same name, addresses and host keys. Raises LabError without one."""
+    image = _snapshot(run_, target)
+    if engine.docker("image", "inspect", image, check=False).returncode != 0:
+        raise LabError(
+            f"{target.name} has no snapshot.", hint=f"`python -m lab snapshot {target.name}` takes one."
+        )
+    engine.docker("rm", "--force", "--volumes", _container(target))
+    _make(run_, engine, target, image)
+    _boot(engine, target)
+    run_.save_target(replace(target, state="running"))
+
+
+def state(engine: Engine | None, target: Target) -> str:
+    """running or stopped, as Docker sees it; gone when Docker does not know it."""
+    if engine is None:
+        return "stopped"
+    done = engine.docker("inspect", "--format", "{{.State.Running}}", _container(target), check=False)
+    if done.returncode != 0:
+        return "gone"
+    return "running" if done.stdout.strip() == "true" else "stopped"
+
+
+def execute(
+    engine: Engine,
+    target: Target,
+    command: Sequence[str],
+    *,
+    check: bool = True,
+    timeout: float = 120,
+    input: str | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the target as root, past its sshd and its firewall: what the lab itself does."""
+    stdin = ["--interactive"] if input is not None else []
+    return engine.docker(
+        "exec", *stdin, _container(target), *command, check=check, timeout=timeout, input=input
+    )
+
+
+def copy_in(engine: Engine, target: Target, source: Path, destination: str) -> None:
+    """Copy a file into the target, past its sshd; it belongs to root."""
+    engine.docker("cp", source, f"{_container(target)}:{destination}")
+
+
+def sweep(run_: Run, engine: Engine | None) -> None:
+    """Remove whatever in Docker has the run's label, known to its state or not."""
+    if engine is None:
+        return
+    label = f"label={LABEL}={run_.tag}"
+    found = engine.docker("ps", "--all", "--quiet", "--filter", label, check=False).stdout.split()
+    if found:
+        engine.docker("rm", "--force", "--volumes", *found, check=False)
+    left = engine.docker("image", "ls", "--quiet", "--filter", label, check=False).stdout.split()
+    if left:
+        engine.docker("image", "rm", "--force", *sorted(set(left)), check=False)
+
+
+def _container(target: Target) -> str:
+    return target.detail["container"]
+
+
+def _snapshot(run_: Run, target: Target) -> str:
+    return f"quietport-lab/snapshot:{run_.tag}-{target.name}"
+
+
+def _remove_dangling(run_: Run, engine: Engine) -> None:
+    """The snapshot before this one lost its name to it."""
+    filters = ["--filter", "dangling=true", "--filter", f"label={LABEL}={run_.tag}"]
+    if old := engine.docker("image", "ls", "--quiet", *filters).stdout.split():
+        engine.docker("image", "rm", *old, check=False)
+
+
+def _make(run_: Run, engine: Engine, target: Target, image: str) -> None:
+    devices = [f"--device={device}" for device in DEVICES if Path(device).exists()]
+    engine.docker(
+        "create",
+        f"--name={_container(target)}",
+        f"--hostname={target.name}",
+        f"--label={LABEL}={run_.tag}",
+        f"--network={target.bridge}",
+        f"--ip={target.public_ip}",
+        f"--ip6={target.public_ip6}",
+        "--stop-signal=SIGRTMIN+3",
+        "--env=container=docker",
+        "--tmpfs=/run:exec,mode=755",
+        "--tmpfs=/run/lock:mode=1777",
+        "--tmpfs=/tmp:exec,mode=1777",
+        *RIGHTS,
+        *devices,
+        *cgroup_flags(cgroup_mode(CGROUP), target.distro),
+        image,
+        "/bin/sh",
+        "-c",
+        first_process(target.name, network.default_nameservers()),
+    )
+
+
+def cgroup_mode(root: Path) -> str:
+    """`pure` (v2 alone), `hybrid` (v1 with v2 beside it) or `legacy` (v1 alone)."""
+    if (root / "cgroup.controllers").is_file():
+        return "pure"
+    return "hybrid" if (root / "unified/cgroup.procs").is_file() else "legacy"
+
+
+def cgroup_flags(mode: str, distro: str) -> list[str]:
+    """Docker's flags that give systemd the control groups it wants. Raises LabError where it cannot be."""
+    if mode == "pure":
+        # Mounted read-only for it; `first_process` makes that writable.
+        return ["--cgroupns=private"]
+    if distro == "bookworm":
+        return ["--cgroupns=private", f"--volume={CGROUP}:/sys/fs/cgroup:rw"]
+    if mode == "hybrid":
+        # systemd 256 and newer refuse v1: it is shown the v2 tree alone.
+        return ["--cgroupns=host", f"--volume={CGROUP}/unified:/sys/fs/cgroup:rw"]
+    raise LabError(
+        f"{distro} needs cgroup v2, and this machine has v1 alone.", hint="Boot it with cgroup v2."
+    )
+
+
+def first_process(name: str, nameservers: Sequence[str]) -> str:
+    """The script that becomes systemd, after giving the host files of its own where Docker put mounts.
+
+    tailscale and others replace /etc/resolv.conf by renaming, which a mount point does not allow.
+    """
+    hosts = f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost ip6-localhost ip6-loopback\n"
+    resolver = "".join(f"nameserver {server}\n" for server in nameservers)
+    lines = [
+        # Only where /sys/fs/cgroup is a mount of the container's own namespace, on pure v2.
+        "[ -w /sys/fs/cgroup/cgroup.procs ] || mount -o remount,rw,bind /sys/fs/cgroup || true",
+        f'resolver={shlex.quote(resolver)}; [ -n "$resolver" ] || resolver=$(cat /etc/resolv.conf)',
+        "for file in resolv.conf hostname hosts; do umount /etc/$file || true; done",
+        '[ -s /etc/resolv.conf ] || printf "%s\\n" "$resolver" > /etc/resolv.conf',
+        f"[ -s /etc/hostname ] || echo {shlex.quote(name)} > /etc/hostname",
+        f"[ -s /etc/hosts ] || printf %s {shlex.quote(hosts)} > /etc/hosts",
+        "exec /sbin/init",
+    ]
+    return "\n".join(lines)
+
+
+def _give_keys(run_: Run, engine: Engine, target: Target) -> None:
+    """Host keys of its own, and the operator's key for root: what a provider does at the first boot."""
+    engine.docker("cp", f"{keys.host_keys(run_, target.name)}/.", f"{_container(target)}:/etc/ssh/")
+    authorized = run_.keys / "authorized_keys"
+    authorized.write_text(keys.operator_public_key(run_) + "\n")
+    authorized.chmod(0o600)
+    engine.docker("cp", authorized, f"{_container(target)}:/root/.ssh/authorized_keys")
+
+
+def _boot(engine: Engine, target: Target) -> None:
+    """Start it and wait for systemd; then its public side, whose cable goes when the bridge does."""
+    engine.docker("start", _container(target))
+
+    def settled() -> str:
+        done = execute(engine, target, ["systemctl", "is-system-running"], check=False, timeout=30)
+        word = done.stdout.strip()
+        return word if word in ("running", "degraded") else ""
+
+    word = wait_until(
+        settled,
+        timeout=BOOT_TIMEOUT,
+        what=f"systemd in {target.name} is up",
+        hint=f"See: {shlex.join(engine.argv('logs', _container(target)))}",
+    )
+    if word == "degraded":
+        listed = execute(engine, target, ["systemctl", "--failed", "--plain", "--no-legend"], check=False)
+        failed = ", ".join(line.split()[0] for line in listed.stdout.splitlines() if line.strip())
+        say(f"  {target.name} is up, with failed units: {failed}")
+    # Docker may give it another MAC address after a restore; who remembers the old one waits in vain.
+    run(["ip", "neigh", "flush", "dev", target.bridge], check=False)
+    public.create(target)
+
+
+def machine_lacks() -> list[tuple[str, str]]:
+    """What container targets need of this machine and do not find: (what, how to mend it)."""
+    lacks = []
+    if os.geteuid() != 0:
+        lacks.append(("root, for networks of the lab's own", "run it as root"))
+    if not Path("/dev/net/tun").exists():
+        lacks.append(("/dev/net/tun, for tailscale in containers", "modprobe tun"))
+    if cgroup_mode(CGROUP) == "legacy":
+        lacks.append(("control groups v2", "boot with systemd.unified_cgroup_hierarchy=1"))
+    return lacks
