@@ -1,0 +1,130 @@
+"""Docker: the engine, and the ports its containers publish."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pyinfra.api.facts import FactBase
+from typing_extensions import override
+
+from facts.shell import sections, split
+from facts.times import SHOW_START, newest, properties, stale, started_at
+from quietport.docker_user import backend_of
+
+DAEMON_JSON = "/etc/docker/daemon.json"
+_SOURCES = (("docker-ce", "docker"), ("docker.io", "debian"))
+_SECTIONS = ("installed", "info", "config", "process", "mtimes", "now", "packages", "containers")
+
+
+class PublishedPorts(FactBase[list[dict[str, Any]]]):
+    """Ports of running containers that Docker forwards, with or without a proxy process.
+
+    A list of {container, host_ip, host_port, container_port, protocol}; [] when nothing runs.
+    """
+
+    @override
+    def command(self) -> str:
+        return sections(
+            ports="docker ps -q --no-trunc | xargs -r docker inspect "
+            "--format '{{json .Name}} {{json .NetworkSettings.Ports}}'"
+        )
+
+    @override
+    @staticmethod
+    def default() -> list[dict[str, Any]]:
+        return []
+
+    @override
+    def process(self, output: list[str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for line in split(output, "ports")["ports"].text.splitlines():
+            try:
+                name, end = json.JSONDecoder().raw_decode(line)
+                ports = json.loads(line[end:])
+            except ValueError:
+                continue
+            for port, bindings in (ports or {}).items():
+                number, _, protocol = port.partition("/")
+                found += [
+                    {
+                        "container": str(name).lstrip("/"),
+                        "host_ip": binding.get("HostIp", ""),
+                        "host_port": int(binding.get("HostPort") or 0),
+                        "container_port": int(number),
+                        "protocol": protocol or "tcp",
+                    }
+                    for binding in bindings or []
+                ]
+        return found
+
+
+class Docker(FactBase[dict[str, Any]]):
+    """The engine.
+
+    {installed, running (it answers), version, iptables (it makes rules with iptables: the DOCKER-USER chain
+    counts), firewall: iptables|nftables|none, live_restore (of the running engine), config_stale (daemon.json
+    is newer than the running engine), containers (made, running or not), source: "debian" (docker.io),
+    "docker" (docker-ce) or None}.
+    """
+
+    @override
+    def command(self) -> str:
+        return sections(
+            installed="command -v dockerd",
+            info="docker info --format '{{json .}}'",
+            config=f"test ! -e {DAEMON_JSON} || cat {DAEMON_JSON}",
+            process=f"{SHOW_START} -p ExecStart docker.service",
+            mtimes=f"stat -L -c %.9Y {DAEMON_JSON}",
+            now="date +%s.%N",
+            packages="dpkg-query -W -f '${db:Status-Status} ${Package}\\n' docker.io docker-ce",
+            containers="ls -1 /var/lib/docker/containers | wc -l",
+        )
+
+    @override
+    @staticmethod
+    def default() -> dict[str, Any]:
+        return {
+            "installed": False,
+            "running": False,
+            "version": None,
+            "iptables": True,
+            "firewall": "iptables",
+            "live_restore": False,
+            "config_stale": False,
+            "containers": 0,
+            "source": None,
+        }
+
+    @override
+    def process(self, output: list[str]) -> dict[str, Any]:
+        parts = split(output, *_SECTIONS)
+        shown = properties(parts["process"].text)
+        info = _info(parts["info"].text)
+        started = started_at(shown.get("ExecMainStartTimestamp", ""))
+        alive = shown.get("MainPID", "0") != "0"
+        firewall = backend_of(parts["config"].text, shown.get("ExecStart", ""))
+        packages = parts["packages"].text.split("\n")
+        running = bool(info.get("ServerVersion"))
+        return self.default() | {
+            "installed": parts["installed"].code == 0,
+            "running": running,
+            "version": info.get("ServerVersion") or None,
+            "iptables": firewall == "iptables",
+            "firewall": firewall,
+            "live_restore": bool(info.get("LiveRestoreEnabled", False)),
+            "config_stale": alive
+            and stale(started, newest(parts["mtimes"].text, now=float(parts["now"].text or 0))),
+            "containers": int(info["Containers"]) if running else int(parts["containers"].text or 0),
+            "source": next(
+                (source for package, source in _SOURCES if f"installed {package}" in packages), None
+            ),
+        }
+
+
+def _info(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}

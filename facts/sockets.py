@@ -1,0 +1,72 @@
+"""Listening sockets, with who can reach them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyinfra.api.exceptions import FactProcessError
+from pyinfra.api.facts import FactBase
+from typing_extensions import override
+
+from facts.shell import sections, split
+from quietport.errors import HostProgramError
+from quietport.net import parse_interfaces
+from quietport.ports import judge, parse_ss
+from quietport.processes import Program, unit_of
+
+# The executable comes last and on one line: its path is chosen by whoever runs it.
+_PROGRAMS = (
+    "cat /proc/1/cgroup; ss -lntup | grep -o ',pid=[0-9]*,' | tr -dc '0-9\\n' | sort -un | "
+    "while read -r pid; do "
+    'printf "pid %s\\n" "$pid"; cat "/proc/$pid/cgroup"; '
+    'printf "exe %s\\n" "$(readlink "/proc/$pid/exe" | tr "\\n" "?")"; done; true'
+)
+
+
+class ListeningSockets(FactBase[list[dict[str, Any]]]):
+    """Every TCP and UDP socket that listens, IPv4 and IPv6.
+
+    A list of {protocol, address, port, process, pid, unit, exposure, verdict, hint}; exposure is loopback,
+    tailnet, private (a bridge of this host) or public, verdict is ok, allowed or violation.
+    """
+
+    @override
+    def command(self) -> str:
+        return sections(
+            sockets="ss -lntup",
+            addresses="ip -j -d addr",
+            routes4="ip -j -4 route show default",
+            routes6="ip -j -6 route show default",
+            programs=_PROGRAMS,
+        )
+
+    @override
+    @staticmethod
+    def default() -> list[dict[str, Any]]:
+        return []
+
+    @override
+    def process(self, output: list[str]) -> list[dict[str, Any]]:
+        parts = split(output, "sockets", "addresses", "routes4", "routes6", "programs")
+        if parts["sockets"].code != 0 or parts["addresses"].code != 0:
+            raise FactProcessError("ss or ip (package iproute2) is missing or failed on the host")
+        try:
+            listeners = parse_ss(parts["sockets"].text)
+            routes = (parts["routes4"].text, parts["routes6"].text)
+            interfaces = parse_interfaces(parts["addresses"].text, routes)
+        except HostProgramError as error:
+            raise FactProcessError(str(error)) from error
+        programs = parse_programs(parts["programs"].text)
+        return [judge(listener, interfaces, programs).to_json() for listener in listeners]
+
+
+def parse_programs(text: str) -> dict[int, Program]:
+    """Read the section `programs`: PID 1's cgroup, then for each process its cgroup and executable."""
+    init, *blocks = f"\n{text}".split("\npid ")
+    programs: dict[int, Program] = {}
+    for block in blocks:
+        pid, _, rest = block.partition("\n")
+        cgroup, _, executable = f"\n{rest}".rpartition("\nexe ")
+        if pid.isdigit():
+            programs[int(pid)] = Program(unit=unit_of(cgroup, init), executable=executable.strip("\n"))
+    return programs

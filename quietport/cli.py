@@ -1,0 +1,60 @@
+"""Which program a name runs. Modules are imported when asked for: the timers run on small machines."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import cast
+
+from quietport import __version__
+from quietport.errors import UNKNOWN, USAGE, HostProgramError, printable
+
+PROGRAMS = {
+    "ports": ("quietport.ports_cli", "what listens, who can reach it, and whether that may be"),
+    "report": ("quietport.report", "write the daily report of listening sockets"),
+    "sshd-wait": ("quietport.sshd_wait", "wait until the addresses sshd shall listen on are there"),
+    "sshd-apply": ("quietport.sshd_apply", "apply a plan for sshd, or put everything back"),
+    "docker-user": ("quietport.docker_user", "keep the public side away from containers"),
+}
+
+
+def usage() -> str:
+    """The text of --help."""
+    lines = "\n".join(f"  {name:12} {summary}" for name, (_, summary) in PROGRAMS.items())
+    return f"usage: quietport [--version] NAME [...]\n\n{lines}\n\nquietport NAME --help tells more.\n"
+
+
+def main(argv: list[str]) -> int:
+    """Run the program named first in `argv`; returns 0 fine, 1 a problem, 2 usage, 3 could not tell."""
+    if argv[:1] == ["--version"]:
+        print(f"quietport {__version__}")
+        return 0
+    if argv[:1] in (["--help"], ["-h"]):
+        print(usage(), end="")
+        return 0
+    if not argv or argv[0] not in PROGRAMS:
+        complaint = f"quietport: no program called {printable(argv[0])!r}.\n" if argv else ""
+        print(complaint + usage(), end="", file=sys.stderr)
+        return USAGE
+    return _run(argv[0], argv[1:])
+
+
+def _run(name: str, argv: list[str]) -> int:
+    try:
+        program = cast(Callable[[list[str]], int], importlib.import_module(PROGRAMS[name][0]).main)
+        code = program(argv)
+        sys.stdout.flush()
+    except HostProgramError as error:
+        print(f"quietport {name}: {printable(str(error))}", file=sys.stderr)
+        return error.code
+    except BrokenPipeError:
+        # Whoever read us has gone (`| head`); without this Python complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNKNOWN
+    except Exception:  # a crash means that nothing was found out, never that something was found
+        traceback.print_exc()
+        return UNKNOWN
+    return code

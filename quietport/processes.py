@@ -1,0 +1,65 @@
+"""What a process is: its unit and its executable, as the kernel tells them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNIT_SUFFIXES = (".service", ".scope", ".socket", ".mount", ".swap")
+
+
+@dataclass(frozen=True)
+class Program:
+    """Unit ("" when it has none) and executable path ("" when it cannot be read) of a process."""
+
+    unit: str = ""
+    executable: str = ""
+
+
+def cgroup_path(text: str) -> str:
+    """The path that systemd manages, from the text of /proc/PID/cgroup; "" when there is none.
+
+    On hybrid hosts the unified line says "/" and the one named systemd has the path.
+    """
+    unified = named = ""
+    for line in text.splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            unified = path
+        elif controllers == "name=systemd":
+            named = path
+    return unified if unified not in ("", "/") else named or unified
+
+
+def unit_of(cgroup: str, init_cgroup: str) -> str:
+    """The unit in which a process runs, from its and PID 1's /proc/PID/cgroup; "" when it is in none.
+
+    As systemd does it (src/basic/cgroup-util.c, cg_shift_path and cg_path_get_unit): the part that PID 1
+    itself is in is cut off, then slices are skipped, and the next component is the unit. Processes of a
+    container are thus in the container's scope, whatever units they claim inside.
+    """
+    root = cgroup_path(init_cgroup).removesuffix("/init.scope").rstrip("/")
+    path = cgroup_path(cgroup)
+    if path != root and not path.startswith(f"{root}/"):
+        return ""
+    for part in path[len(root) :].strip("/").split("/"):
+        if part.endswith(".slice"):
+            continue
+        # systemd puts "_" before names that would clash with files of the cgroup file system.
+        name = part.removeprefix("_")
+        return name if name.endswith(_UNIT_SUFFIXES) else ""
+    return ""
+
+
+def program_of(pid: int, *, proc: Path = Path("/proc")) -> Program:
+    """Unit and executable of the process `pid`; empty where /proc does not tell (gone, or not root)."""
+    try:
+        unit = unit_of((proc / str(pid) / "cgroup").read_text(), (proc / "1" / "cgroup").read_text())
+    except (OSError, UnicodeDecodeError):
+        unit = ""
+    try:
+        executable = str((proc / str(pid) / "exe").readlink())
+    except OSError:
+        executable = ""
+    return Program(unit=unit, executable=executable)
