@@ -60,7 +60,8 @@ def container_addresses(hosts: Hosts, name: str) -> list[str]:
     done = hosts.ssh(name, "docker ps -q | xargs -r docker inspect").ok()
     boxes = json.loads(done.out or "[]")
     networks = [network for box in boxes for network in box["NetworkSettings"]["Networks"].values()]
-    return [network[key] for network in networks for key in ("IPAddress", "GlobalIPv6Address") if network[key]]
+    families = ("IPAddress", "GlobalIPv6Address")
+    return [network[key] for network in networks for key in families if network[key]]
 
 
 @contextmanager

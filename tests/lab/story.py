@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lab import public
 from lab.state import Run, Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -302,7 +303,7 @@ while True:
 
 def prober(target: Target, places: Sequence[Place]) -> list[str]:
     """The command that probes from the target's public side."""
-    return ["ip", "netns", "exec", target.namespace, sys.executable, "-c", _PROBER, json.dumps(places)]
+    return public.argv(target, [sys.executable, "-c", _PROBER, json.dumps(places)])
 
 
 def reachable(target: Target, places: Sequence[Place]) -> set[Place]:
