@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 
 from control.settings import HostSettings
+from facts.apt import Keyring
 from facts.files import FileState, FileText
 from facts.tailnet import Tailnet
 from facts.units import Units
 from tests.spec.reading import Reading
 
 SOURCES = "/etc/apt/sources.list.d/tailscale.sources"
-# Without a home gpg writes nothing on the host: specs only read.
-GPG = "gpg --batch --no-options --homedir /nonexistent"
 
 
 def keyring_of(text: str) -> str:
     """The Signed-By path of a deb822 sources file."""
     return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("Signed-By:"))
-
-
-def primary_keys(colons: list[str]) -> list[str]:
-    """Fingerprints of the primary keys in gpg's machine-readable listing."""
-    found = []
-    for record, following in pairwise(colons):
-        if record.startswith("pub:"):
-            assert following.startswith("fpr:")
-            found.append(following.split(":")[9])
-    return found
 
 
 def test_tailscaled_runs_and_comes_back_after_a_reboot(reading: Reading) -> None:
@@ -83,8 +70,7 @@ def test_the_keyring_holds_the_pinned_key_alone(reading: Reading, settings: Host
     keyring = keyring_of(reading.fact(FileText, SOURCES))
     state = reading.fact(FileState, keyring)
     assert (state["user"], state["mode"]) == ("root", "0644")
-    listing = reading.lines(f"{GPG} --show-keys --with-colons %s", keyring)
-    assert primary_keys(listing) == [settings.tailscale_key_fingerprint]
+    assert reading.fact(Keyring, keyring) == [settings.tailscale_key_fingerprint]
 
 
 def test_the_repository_is_the_declared_one(reading: Reading, settings: HostSettings) -> None:
