@@ -63,6 +63,7 @@ class Record:
     address: str
     cache: str
     sockets: str
+    namespace: str | None = None
     headscale: Process | None = None
     control: Process | None = None
 
@@ -73,6 +74,7 @@ class Record:
             "address": self.address,
             "cache": self.cache,
             "sockets": self.sockets,
+            "namespace": self.namespace,
             "headscale": self.headscale and self.headscale.to_json(),
             "control": self.control and self.control.to_json(),
         }
@@ -86,6 +88,7 @@ class Record:
             address=value["address"],
             cache=value["cache"],
             sockets=value["sockets"],
+            namespace=value["namespace"],
             headscale=value["headscale"] and Process.from_json(value["headscale"]),
             control=value["control"] and Process.from_json(value["control"]),
         )
@@ -201,11 +204,17 @@ def socket_directory(directory: Path) -> Path:
 class Tailnet:
     """The tailnet of one run. Every method may be called from any process that has attached to it."""
 
-    def __init__(self, run_dir: Path, address: str, cache: Path) -> None:
-        """`address` is the IPv4 address to listen on; `cache` is where built tools are kept."""
+    def __init__(self, run_dir: Path, address: str, cache: Path, *, namespace: str | None = None) -> None:
+        """`address` is the IPv4 address to listen on; `cache` is where built tools are kept.
+
+        `namespace` is the network namespace (ip-netns(8)) that the control node lives in. tailscaled cannot
+        be told which addresses to listen on: without a namespace it has a UDP and a TCP port open on all of
+        this machine's. Its unix socket works from outside just the same.
+        """
         self.run_dir = run_dir
         self.address = address
         self.cache = cache
+        self.namespace = namespace
         self.directory = run_dir / "tailnet"
         self.logs = run_dir / "logs"
 
@@ -215,7 +224,7 @@ class Tailnet:
         record = _read(run_dir / "tailnet")
         if record is None:
             raise LabError(f"No tailnet was started in {run_dir}.", hint="`python -m lab up` starts one.")
-        return Tailnet(run_dir, record.address, Path(record.cache))
+        return Tailnet(run_dir, record.address, Path(record.cache), namespace=record.namespace)
 
     @property
     def login_server(self) -> str:
@@ -366,7 +375,9 @@ class Tailnet:
         record = _read(self.directory)
         if record is None:
             sockets = socket_directory(self.directory)
-            record = Record(address=self.address, cache=str(self.cache), sockets=str(sockets))
+            record = Record(
+                address=self.address, cache=str(self.cache), sockets=str(sockets), namespace=self.namespace
+            )
             self._save(record)
         if record.address != self.address:
             raise LabError(f"The tailnet in {self.run_dir} is at {record.address}, not {self.address}.")
@@ -393,8 +404,11 @@ class Tailnet:
 
     def _start_control(self, tools: toolchain.Tools, record: Record) -> None:
         log = self.logs / "control-node.log"
-        command: list[str | Path] = [
-            tools.tailscaled,
+        # `ip` puts tailscaled in its own place: the process id stays the same.
+        inside = ["ip", "netns", "exec", record.namespace] if record.namespace else []
+        command = [
+            *inside,
+            str(tools.tailscaled),
             "--tun=userspace-networking",
             f"--statedir={self._control_directory}",
             f"--socket={self._control_socket}",
