@@ -1,10 +1,114 @@
-"""The chains that keep the public side away from containers."""
+"""`quietport docker-user`: keep the public side away from containers, also while Docker rearranges its rules.
+
+DOCKER-USER is the chain Docker leaves to the host's owner. Docker deletes its jump to it and inserts it again
+whenever it starts or makes a network (EnsureJumpRule in moby's libnetwork), for IPv4 and, from 27 on, IPv6;
+older ones make no IPv6 chain at all. What slips through in between stays established. So the same rules also
+stand in a chain of our own in the table mangle, which packets pass first and which neither Docker nor ufw
+nor tailscaled touches; that one is the guarantee.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
 
-from quietport.errors import HostProgramError
+from quietport.commands import output_of, run
+from quietport.errors import FINE, PROBLEM, HostProgramError, printable
+from quietport.hostfile import HostFileMissingError, read_bytes
+from quietport.net import TAILNET_INTERFACE
+
+DAEMON_JSON = Path("/etc/docker/daemon.json")
+MARK = "-m comment --comment quietport"
+# Where a rule goes wrong, another program may just have changed the table under us.
+ATTEMPTS = 5
+LOCK_WAIT_S = "10"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A chain of ours and the jump to it from FORWARD; `harmless` are jumps that may stand before it."""
+
+    table: str
+    chain: str
+    jump: str
+    harmless: tuple[str, ...] = ()
+
+
+PLACES = (
+    Place("mangle", "QUIETPORT-FORWARD", f"-A FORWARD {MARK} -j QUIETPORT-FORWARD"),
+    # Written as Docker writes it: it then moves this jump instead of adding one. tailscaled puts its own
+    # chain first when it starts; that one accepts only what comes from or goes to the tailnet.
+    Place("filter", "DOCKER-USER", "-A FORWARD -j DOCKER-USER", harmless=("-A FORWARD -j ts-forward",)),
+)
+
+
+def rules(chain: str) -> list[str]:
+    """The rules of `chain`, as `iptables -S` prints them.
+
+    Replies first (also those to connections that containers opened), then what the tailnet and Docker's own
+    bridges begin, by interface and never by source, which can be forged. Everything else is dropped.
+    """
+    return [
+        f"-A {chain} -m conntrack --ctstate RELATED,ESTABLISHED {MARK} -j RETURN",
+        f"-A {chain} -i {TAILNET_INTERFACE} {MARK} -j RETURN",
+        f"-A {chain} -i docker0 {MARK} -j RETURN",
+        f"-A {chain} -i br-+ {MARK} -j RETURN",
+        f"-A {chain} {MARK} -j DROP",
+    ]
+
+
+def problems(place: Place, listing: str) -> list[str]:
+    """What is not as wanted in `listing`, the text of `iptables -t TABLE -S`; empty when all is."""
+    found: list[str] = []
+    held = rules_in(listing, place.chain)
+    wanted = rules(place.chain)
+    if held[: len(wanted)] != wanted:
+        found.append(f"{place.table}: the chain {place.chain} does not begin with the rules of quietport")
+    if any(is_ours(rule) for rule in held[len(wanted) :]):
+        found.append(f"{place.table}: the chain {place.chain} has rules of quietport more than once")
+    forward = rules_in(listing, "FORWARD")
+    if place.jump not in forward:
+        found.append(f"{place.table}: FORWARD does not jump to {place.chain}")
+    elif any(rule not in place.harmless for rule in forward[: forward.index(place.jump)]):
+        found.append(f"{place.table}: FORWARD has other rules before the jump to {place.chain}")
+    return found
+
+
+def foreign_rules(place: Place, listing: str) -> list[str]:
+    """Rules of others in our chain. They stay, behind a DROP that leaves them nothing."""
+    held = [rule for rule in rules_in(listing, place.chain) if not is_ours(rule)]
+    # Docker's own last rule.
+    return [rule for rule in held if rule != f"-A {place.chain} -j RETURN"]
+
+
+def restore_text(place: Place, listing: str) -> str:
+    """What `iptables-restore --noflush` makes one commit of: the chain, its rules, the jump at the top."""
+    others = [rule for rule in rules_in(listing, place.chain) if not is_ours(rule)]
+    jumps = [rule for rule in rules_in(listing, "FORWARD") if rule == place.jump]
+    lines = [
+        f"*{place.table}",
+        # Makes the chain, or empties it.
+        f":{place.chain} - [0:0]",
+        *rules(place.chain),
+        *others,
+        *(rule.replace("-A FORWARD", "-D FORWARD", 1) for rule in jumps),
+        place.jump.replace("-A FORWARD", "-I FORWARD 1", 1),
+        "COMMIT",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rules_in(listing: str, chain: str) -> list[str]:
+    """The rules of `chain` in what `iptables -S` printed."""
+    return [line.strip() for line in listing.splitlines() if line.startswith(f"-A {chain} ")]
+
+
+def is_ours(rule: str) -> bool:
+    """Whether `rule` carries our mark and not merely a comment that contains it."""
+    return re.search(r"--comment \"?quietport\"?( |$)", rule) is not None
 
 
 def backend_of(daemon_json: str, command_line: str = "") -> str:
@@ -14,7 +118,7 @@ def backend_of(daemon_json: str, command_line: str = "") -> str:
     Raises HostProgramError when daemon.json is not a JSON object.
     """
     try:
-        config = json.loads(daemon_json or "{}")
+        config = json.loads(daemon_json) if daemon_json.strip() else {}
     except ValueError as error:
         raise HostProgramError("daemon.json is not JSON: dockerd itself would not start with it.") from error
     if not isinstance(config, dict):
@@ -25,3 +129,78 @@ def backend_of(daemon_json: str, command_line: str = "") -> str:
     if config.get("iptables") is False or "--iptables=false" in flags:
         return "none"
     return "iptables"
+
+
+def refusal(backend: str) -> str:
+    """Why nothing is done with that backend, or nothing to say."""
+    where = f"in {DAEMON_JSON} or in dockerd's options"
+    if backend == "nftables":
+        return (
+            f'Docker uses nftables itself ("firewall-backend" {where}), where no DOCKER-USER chain exists: '
+            "set it to iptables, and restart docker."
+        )
+    if backend == "none":
+        return (
+            f'Docker makes no firewall rules ("iptables": false {where}), so nothing here can say which '
+            "container is published: remove that setting, and restart docker."
+        )
+    return ""
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when the chains are as wanted, 1 when they are not (and cannot be made so) or refused."""
+    parser = argparse.ArgumentParser(prog="quietport docker-user", description="Keep the public side away.")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 when not as wanted")
+    options = parser.parse_args(argv)
+    sentence = refusal(backend_of(_daemon_json(), _command_line()))
+    if sentence:
+        raise HostProgramError(sentence, code=PROBLEM)
+    places = [(program, place) for program in _programs() for place in PLACES]
+    found = [problem for program, place in places for problem in _settle(program, place, options.check)]
+    for problem in found:
+        print(f"quietport docker-user: {problem}")
+    return PROBLEM if found else FINE
+
+
+def _settle(program: str, place: Place, check: bool) -> list[str]:
+    """Bring one table of one family to what is wanted; returns what is (still) wrong."""
+    listing = _listing(program, place)
+    found = problems(place, listing)
+    if check:
+        return [f"{program} {problem}" for problem in found]
+    complaint = ""
+    for _ in range(ATTEMPTS):
+        if not found:
+            break
+        restore = [f"{program}-restore", "--noflush", "-w", LOCK_WAIT_S]
+        done = run(restore, stdin=restore_text(place, listing))
+        complaint = f" ({done.complaint})" if done.code != 0 else ""
+        listing = _listing(program, place)
+        found = problems(place, listing)
+    for rule in foreign_rules(place, listing):
+        print(f"{program} {place.table}: a rule of someone else has no effect behind ours: {printable(rule)}")
+    return [f"{program} {problem}{complaint}" for problem in found]
+
+
+def _listing(program: str, place: Place) -> str:
+    return output_of([program, "-w", LOCK_WAIT_S, "-t", place.table, "-S"])
+
+
+def _programs() -> tuple[str, ...]:
+    # Without IPv6 in the kernel ip6tables fails, and there is nothing to keep away.
+    return ("iptables", "ip6tables") if Path("/proc/net/if_inet6").exists() else ("iptables",)
+
+
+def _daemon_json() -> str:
+    try:
+        return read_bytes(DAEMON_JSON, trusted=False).decode(errors="replace")
+    except HostFileMissingError:
+        return ""
+
+
+def _command_line() -> str:
+    """dockerd's flags, from its unit; nothing where systemd does not know it."""
+    try:
+        return run(["systemctl", "show", "-p", "ExecStart", "docker.service"], timeout=10).out
+    except HostProgramError:
+        return ""
