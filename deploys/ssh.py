@@ -1,0 +1,22 @@
+"""ssh: sshd answers on the tailnet and nowhere else, to keys and nothing else."""
+
+from __future__ import annotations
+
+from pyinfra.api.deploy import deploy
+from pyinfra.context import host
+
+from control.settings import HostSettings
+from facts.tailnet import Tailnet
+from operations import sshd
+from operations.common import unknown_yet
+
+
+@deploy("ssh")
+def ssh(settings: HostSettings) -> None:
+    """The last step, and a risky one: passes the gate."""
+    known = host.get_fact(Tailnet)["addresses"]
+    sshd.tailnet_only(
+        name=f"ssh: answers the tailnet alone, to keys alone{'' if known else unknown_yet('the join')}",
+        login_user=settings.user,
+        users=["root", *settings.agents],
+    )

@@ -1,0 +1,33 @@
+"""timers: what runs on the host by itself, declared here and nowhere else."""
+
+from __future__ import annotations
+
+from pyinfra.api.deploy import deploy
+from pyinfra.context import host
+
+from control.settings import HostSettings
+from operations import timers as operations
+from operations.programs import LAUNCHER
+from operations.timers import Timer
+
+TIMERS = (
+    Timer(
+        name="report",
+        schedule="daily",
+        program=(LAUNCHER, "report"),
+        user="root",
+        # Names of other users' processes: their /proc/PID/fd and exe are ptrace's business (proc(5)).
+        capabilities=("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
+        # ss and ip ask the kernel through netlink.
+        address_families=("AF_NETLINK", "AF_UNIX"),
+        writes=("/var/lib/quietport",),
+        sees_processes=True,
+    ),
+)
+
+
+@deploy("timers")
+def timers(settings: HostSettings) -> None:
+    """Each timer's units, enabled."""
+    for timer in host.loop(TIMERS):  # type: ignore[no-untyped-call]
+        operations.running(name=f"timers: {timer.name}, {timer.schedule}", timer=timer)

@@ -1,0 +1,34 @@
+"""What a host is, from top to bottom: `pyinfra inventory deploys/vps.py`.
+
+The order is the safety: what lets the operator in comes before what shuts the public side, and the last two
+steps pass the gate (operations/gate.py), which wants a login over the tailnet first.
+"""
+
+from __future__ import annotations
+
+from pyinfra.context import host
+
+from control.settings import settings_for
+from deploys.docker import docker
+from deploys.firewall import firewall
+from deploys.packages import packages
+from deploys.preflight import preflight
+from deploys.programs import programs
+from deploys.secrets import secrets
+from deploys.ssh import ssh
+from deploys.tailscale import tailscale
+from deploys.timers import timers
+from deploys.users import users
+
+settings = settings_for(host.name)
+
+preflight(settings)
+packages(settings)
+users(settings)
+programs(settings)
+docker(settings)
+tailscale(settings)
+secrets(settings)
+timers(settings)
+firewall(settings)
+ssh(settings)

@@ -1,0 +1,104 @@
+"""The gate before every step that can cut the operator off.
+
+A risky step is run only when a new SSH connection through the tailnet, keys only and accepted by sshd itself,
+has just succeeded; that connection then carries the rest of the run, so that closing the public side cannot
+cut it. `fenced` is the one place every risky command passes through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from control.proof import prove
+from pyinfra import logger
+from pyinfra.api.command import FunctionCommand, PyinfraCommand
+from pyinfra.api.host import Host
+from pyinfra.api.state import State
+
+from control.settings import settings_for
+from facts.tailnet import Tailnet
+from operations import tailnet
+from operations.common import Commands
+
+# A proof is believed that long: the steps of one run follow each other closely, and none of them is free.
+PROOF_LASTS_S = 60
+# paramiko's keepalive waits for no answer: a link that is cut silently would hang the run for good.
+RISKY_TIMEOUT_S = 120
+
+_proved: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why the gate stays shut, as a sentence."""
+
+    sentence: str
+
+
+def risky(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
+    """Yield the proof, then `commands`, each with a time limit. The host fails when the proof does."""
+    yield FunctionCommand(_pass_gate, (), {})
+    for command in commands:
+        yield fenced(command)
+
+
+def risky_if_tailnet(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
+    """As `risky` on a host that is reached over the tailnet already; else `commands` as they are."""
+    if reached_by(host) == "tailnet":
+        yield from risky(host, commands)
+    else:
+        yield from commands
+
+
+def fenced(command: PyinfraCommand) -> PyinfraCommand:
+    """`command` with the limits a risky command runs under."""
+    arguments: Any = command.connector_arguments
+    arguments.setdefault("_timeout", RISKY_TIMEOUT_S)
+    return command
+
+
+def reached_by(host: Host) -> str:
+    """The way the host's live connection takes: public or tailnet. Connectors without ways are public."""
+    session = getattr(host.connector, "session", None)
+    return str(getattr(session, "way", "public"))
+
+
+def forget_proofs() -> None:
+    """The next risky step proves the tailnet connection anew."""
+    _proved.clear()
+
+
+def _pass_gate(state: State, host: Host) -> bool:
+    # pyinfra passes state and host to a function with these argument names, and counts False as failure.
+    refusal = _shut(host)
+    if refusal is None:
+        return True
+    _proved.pop(host.name, None)
+    sentence = f"{host.name}: refused: {refusal.sentence}"
+    logger.error(f"{host.print_prefix}{click.style(sentence, fg='red')}")
+    return False
+
+
+def _shut(host: Host) -> Refusal | None:
+    settings = settings_for(host.name)
+    reason = tailnet.blocking_reason(host.get_fact(Tailnet), settings)
+    if reason is not None:
+        return Refusal(reason)
+    proved_at = _proved.get(host.name)
+    fresh = proved_at is not None and time.monotonic() - proved_at < PROOF_LASTS_S
+    return None if fresh and reached_by(host) == "tailnet" else _prove(host)
+
+
+def _prove(host: Host) -> Refusal | None:
+    proof = prove(host.name)
+    if not proof.ok or proof.session is None:
+        return Refusal(proof.sentence)
+    host.connector.switch(proof.session)  # type: ignore[attr-defined]
+    _proved[host.name] = time.monotonic()
+    logger.info(f"{host.print_prefix}{proof.sentence}")
+    return None
+

@@ -1,0 +1,157 @@
+"""sshd answers the tailnet alone, to keys alone: planned here, applied whole by `quietport sshd-apply`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyinfra.api.operation import operation
+from pyinfra.context import host
+
+from facts.files import FileText
+from facts.sockets import ListeningSockets
+from facts.sshd import SshdEffective, SshdFiles, SshdProcess
+from facts.tailnet import Tailnet
+from facts.units import Units
+from operations import gate
+from operations.common import Commands, executing, program, refuse, show_diff
+from operations.programs import LAUNCHER
+from operations.units import is_enabled, is_masked
+from quietport import sshd
+
+UNIT_DROP_IN_TEXT = (Path(__file__).parents[1] / "templates/ssh/ssh.service.conf").read_text()
+# Nobody's addresses, one of the tailnet's range and one of the documentation's (RFC 5737).
+ASKED_FROM = ("100.100.200.200", "203.0.113.9")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the host shows of its sshd."""
+
+    files: dict[str, str]
+    unit_drop_in: str | None
+    addresses: tuple[str, ...]
+    service: Mapping[str, Any]
+    sockets: Mapping[str, Mapping[str, Any]]
+    listeners: frozenset[sshd.Listener]
+    stray_sockets: tuple[str, ...]
+    stale: bool
+    effective: tuple[dict[str, list[str]], ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What it must show: files with their texts, and where sshd listens."""
+
+    files: Mapping[str, str]
+    listeners: frozenset[sshd.Listener]
+
+
+def wanted(seen: Seen, *, login_user: str) -> Wanted:
+    """The wanted state, from the tailnet addresses and from what others wrote into sshd's files."""
+    drop_in = sshd.render(
+        seen.addresses,
+        permit_root_login=sshd.root_login(seen.files, login_user=login_user),
+        penalties=any("persourcepenalties" in effective for effective in seen.effective),
+    )
+    files = {**sshd.wanted_files(seen.files, drop_in), sshd.UNIT_DROP_IN: UNIT_DROP_IN_TEXT}
+    return Wanted(files=files, listeners=frozenset(sshd.wanted_listeners(seen.addresses)))
+
+
+def differences(seen: Seen, target: Wanted) -> list[str]:
+    """Why the host is not as wanted, one phrase each; empty when it is. Files, units and what really runs."""
+    found = [f"{path} differs" for path, text in target.files.items() if _old(seen, path) != text]
+    found += [f"{unit} is not masked" for unit, state in seen.sockets.items() if not is_masked(state)]
+    found += [f"{unit} is active" for unit in seen.stray_sockets]
+    if not is_enabled(seen.service):
+        found.append(f"{sshd.UNIT} is not enabled")
+    if seen.service["need_reload"]:
+        found.append("systemd has not read its unit")
+    if seen.stale:
+        found.append("sshd runs with an older configuration")
+    if seen.listeners != target.listeners:
+        listening = ", ".join(sorted(map(sshd.endpoint, seen.listeners)))
+        found.append(f"sshd listens on {listening or 'nothing'}")
+    for effective in seen.effective:
+        found += sshd.not_keys_only(effective)
+    return list(dict.fromkeys(found))
+
+
+def plan(seen: Seen, target: Wanted, *, users: Iterable[str]) -> bytes:
+    """The plan for `quietport sshd-apply` (quietport/sshd_apply.py documents its keys)."""
+    files = {
+        path: {"old_sha256": _sha256(_old(seen, path)), "text": text} for path, text in target.files.items()
+    }
+    document = {
+        "schema": 1,
+        "files": files,
+        "mask": list(sshd.SOCKETS),
+        "listeners": sorted(list(listener) for listener in target.listeners),
+        "users": list(dict.fromkeys(users)),
+    }
+    return json.dumps(document).encode()
+
+
+def _old(seen: Seen, path: str) -> str | None:
+    return seen.unit_drop_in if path == sshd.UNIT_DROP_IN else seen.files.get(path)
+
+
+def _sha256(text: str | None) -> str | None:
+    return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def _look(login_user: str) -> Seen:
+    units = host.get_fact(Units, names=[sshd.UNIT, *sshd.SOCKETS])
+    service = units[sshd.UNIT]
+    sockets = [socket for socket in host.get_fact(ListeningSockets) if socket["protocol"].startswith("tcp")]
+    stray = {str(socket["unit"]) for socket in sockets if str(socket["unit"]).startswith(("ssh@", "sshd@"))}
+    return Seen(
+        files=host.get_fact(SshdFiles),
+        unit_drop_in=host.get_fact(FileText, path=sshd.UNIT_DROP_IN),
+        addresses=tuple(host.get_fact(Tailnet)["addresses"]),
+        service=service,
+        sockets={name: units[name] for name in sshd.SOCKETS},
+        # By process: sessions of sshd listen too, for forwarded ports.
+        listeners=frozenset(
+            (str(socket["address"]), int(socket["port"]))
+            for socket in sockets
+            if service["main_pid"] and socket["pid"] == service["main_pid"]
+        ),
+        stray_sockets=tuple(sorted(unit for unit in stray if unit.endswith(".socket"))),
+        stale=bool(host.get_fact(SshdProcess)["stale"]),
+        effective=tuple(host.get_fact(SshdEffective, user=login_user, addr=addr) for addr in ASKED_FROM),
+    )
+
+
+@operation()
+def tailnet_only(login_user: str, users: list[str]) -> Commands:
+    """sshd listens on every tailnet address and nowhere else, and takes keys alone, from everyone.
+
+    `login_user` is whom the operator logs in as: the gate's keys-only login just before is the proof that
+    passwords may go. `users` are checked besides everyone with a login shell. If any step fails, the old
+    state is back and the host fails.
+    """
+    seen = _look(login_user)
+    if executing() and not seen.files.get(sshd.MAIN):
+        yield refuse(f"there is no {sshd.MAIN} here. Install openssh-server, then run again.")
+        return
+    target = wanted(seen, login_user=login_user)
+    if not differences(seen, target):
+        host.noop("sshd answers the tailnet alone, to keys alone")
+        return
+    if seen.addresses:
+        for path, text in target.files.items():
+            if _old(seen, path) != text:
+                show_diff(path, _old(seen, path), text)
+    data = plan(seen, target, users=[login_user, *users])
+    yield from gate.risky(host, [program(LAUNCHER, "sshd-apply", stdin=data)])
+    if not executing():
+        return
+    seen = _look(login_user)
+    left = differences(seen, wanted(seen, login_user=login_user))
+    if left:
+        yield refuse(f"sshd is not as wanted although sshd-apply succeeded: {'; '.join(left)}. Run again.")

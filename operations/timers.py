@@ -1,0 +1,94 @@
+"""Timers: programs that run on the host by themselves, each in a unit that may do only what it needs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from pyinfra.api.operation import operation
+from pyinfra.context import host
+
+from operations.common import Commands, refuse
+from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
+
+_TEMPLATES = Path(__file__).parents[1] / "templates/timers"
+_NAME = re.compile(r"^[a-z][a-z0-9-]{0,40}$")
+
+
+@dataclass(frozen=True)
+class Timer:
+    """A program that runs by itself: `program` (argv, absolute path) on `schedule` (OnCalendar) as `user`.
+
+    The rest is what its unit may do beyond nothing: capabilities, address families, paths it writes below,
+    and `sees_processes`: it looks at the host's own sockets and processes. `jitter_s` spreads a fleet.
+    """
+
+    name: str
+    schedule: str
+    program: tuple[str, ...]
+    user: str
+    capabilities: tuple[str, ...] = ()
+    address_families: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    sees_processes: bool = False
+    jitter_s: int = 3600
+    timeout_s: int = 300
+
+    @property
+    def unit(self) -> str:
+        """Name of its service and timer, without the ending."""
+        return f"quietport-{self.name}"
+
+
+def command_line(program: tuple[str, ...]) -> str:
+    """argv as ExecStart takes it: every word quoted, no specifier and no variable expanded.
+
+    Raises ValueError when the program's path is not absolute (systemd.service(5), COMMAND LINES).
+    """
+    if not program or not program[0].startswith("/"):
+        raise ValueError("a timer's program is named by an absolute path")
+    return " ".join(_quoted(word) for word in program)
+
+
+def _quoted(word: str) -> str:
+    if any(not char.isprintable() for char in word):
+        raise ValueError("a timer's program has a character that cannot be printed in its arguments")
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return escaped if re.fullmatch(r"[A-Za-z0-9@+=:,./_-]+", word) else f'"{escaped}"'
+
+
+def unit_files(timer: Timer) -> dict[str, str]:
+    """Path = text of the timer's two units. Raises ValueError when its name or program cannot be used."""
+    if not _NAME.match(timer.name):
+        raise ValueError("a timer's name is lower-case letters, digits and dashes")
+    environment = jinja2.Environment(  # noqa: S701 - unit files, not HTML
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    values = {"timer": timer, "unit": timer.unit, "command": command_line(timer.program)}
+    return {
+        f"{UNIT_FOLDER}/{timer.unit}.{kind}": environment.get_template(f"{kind}.j2").render(values)
+        for kind in ("service", "timer")
+    }
+
+
+@operation()
+def running(timer: Timer) -> Commands:
+    """The timer's units are as declared, and it is enabled and waiting for its time."""
+    try:
+        files = unit_files(timer)
+    except ValueError as error:
+        yield refuse(f"timer {timer.name}: {error}.")
+        return
+    changed = False
+    for command in files_if_needed(files):
+        changed = True
+        yield command
+    for command in enable_if_needed(f"{timer.unit}.timer"):
+        changed = True
+        yield command
+    if not changed:
+        host.noop(f"{timer.unit}.timer waits for its time")

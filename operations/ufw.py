@@ -1,0 +1,239 @@
+"""The firewall: an exact rule set, computed against `ufw show added`, without a moment without rules.
+
+An active ufw is never reloaded, disabled, reset or restarted: `ufw reload` and `ufw default` are a stop and a
+start, with INPUT at ACCEPT in between (ufw 0.36.2, frontend.py set_default_policy, ufw-init-functions). Rules
+are added and deleted one by one: ufw then refills its own user chains, while the policy stays DROP and
+established connections pass by an earlier chain (before.rules).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyinfra.api.command import PyinfraCommand
+from pyinfra.api.operation import operation
+from pyinfra.context import host
+
+from facts.system import System
+from facts.ufw import Ufw
+from facts.units import Units
+from operations import gate
+from operations.common import Commands, executing, program, refuse, script, warn
+from operations.units import is_enabled
+
+MARK = "quietport: "
+DEFAULTS_FILE = "/etc/default/ufw"
+SERVICE = "ufw.service"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule as ufw takes it, and why it is there (the comment that marks it as ours)."""
+
+    text: str
+    why: str
+
+    def shown(self) -> str:
+        """As `ufw show added` prints it (parser.py get_command)."""
+        return f"{self.text} comment '{MARK}{self.why}'"
+
+
+# tailscaled's own chain lets the tailnet in before ufw sees it; the rule is for the day it does not.
+# 41641 is tailscaled's port as its package configures it (/etc/default/tailscaled).
+WANTED = (
+    Rule("allow in on tailscale0", "the tailnet may come in"),
+    Rule("allow 41641/udp", "WireGuard, for direct paths"),
+)
+DEFAULTS = {"incoming": "deny", "outgoing": "allow", "routed": "deny"}
+_POLICIES = {"allow": "ACCEPT", "deny": "DROP"}
+_CHAINS = {"incoming": "input", "outgoing": "output", "routed": "forward"}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What to do to a rule set: delete these (without comments), then add these, first ones first."""
+
+    delete: tuple[str, ...] = ()
+    add: tuple[Rule, ...] = ()
+    prepend: tuple[Rule, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.delete or self.add or self.prepend)
+
+
+def bare(rule: str) -> str:
+    """A shown rule without its comment: what `ufw delete` takes."""
+    return rule.partition(" comment '")[0]
+
+
+def is_ours(rule: str) -> bool:
+    """Whether a shown rule carries our mark."""
+    return f" comment '{MARK}" in rule
+
+
+def foreign(rules: Sequence[str]) -> list[str]:
+    """The rules that are not ours: neither marked nor, but for the comment, one we want."""
+    wanted = {rule.text for rule in WANTED}
+    return [rule for rule in rules if not is_ours(rule) and bare(rule) not in wanted]
+
+
+def closes(rule: str) -> bool:
+    """Whether a rule, standing before ours, may take away what ours lets in."""
+    words = rule.split()
+    return words[0] in ("deny", "reject", "limit") and words[1:2] != ["out"]
+
+
+def changes(rules: Sequence[str], *, prune_foreign: bool) -> Changes:
+    """From the rules that are there to those that are wanted.
+
+    A rule of ours behind a foreign one that closes is taken out and put first: of two rules the first counts.
+    (ufw lists a rule for IPv6 alone after all others; where such a one stands among ours is not seen.)
+    """
+    texts = {rule.text for rule in WANTED}
+    delete = [bare(rule) for rule in rules if is_ours(rule) and bare(rule) not in texts]
+    kept = [rule for rule in rules if bare(rule) not in delete]
+    if prune_foreign:
+        strangers = foreign(kept)
+        delete += [bare(rule) for rule in strangers]
+        kept = [rule for rule in kept if rule not in strangers]
+    closing = [at for at, rule in enumerate(kept) if closes(rule) and bare(rule) not in texts]
+    first_closing = min(closing, default=len(kept))
+    add: list[Rule] = []
+    prepend: list[Rule] = []
+    for rule in WANTED:
+        place = next((at for at, shown in enumerate(kept) if bare(shown) == rule.text), None)
+        if place is not None and place > first_closing:
+            delete.append(rule.text)
+            prepend.append(rule)
+        elif place is None and first_closing < len(kept):
+            prepend.append(rule)
+        elif place is None or kept[place] != rule.shown():
+            # ufw replaces a rule that differs in its comment alone, in its place.
+            add.append(rule)
+    return Changes(tuple(delete), tuple(add), tuple(prepend))
+
+
+def _words(rule: str) -> list[str]:
+    """A shown rule as arguments. Application profiles have blanks in their names and stand in quotes."""
+    words: list[str] = []
+    for at, part in enumerate(rule.split("'")):
+        words += [part] if at % 2 else part.split()
+    return words
+
+
+def _delete(rule: str) -> PyinfraCommand:
+    words = _words(rule)
+    if words[0] == "route":
+        return program("ufw", "route", "delete", *words[1:])
+    return program("ufw", "delete", *words)
+
+
+def _rule_commands(wanted: Changes) -> list[PyinfraCommand]:
+    # ufw does not insert a rule it has: one that moves goes out and comes in again at once. Connections that
+    # are there live on meanwhile, and new ones from the tailnet pass by tailscaled's own chain.
+    commands = [_delete(text) for text in wanted.delete]
+    commands += [program("ufw", "prepend", *_words(rule.shown())) for rule in reversed(wanted.prepend)]
+    return commands + [program("ufw", *_words(rule.shown())) for rule in wanted.add]
+
+
+def live_policy(direction: str, policy: str, *, family: str) -> str:
+    """Input of `iptables-restore -n` that makes `policy` the default of an active ufw in one step.
+
+    What ufw-init-functions lays down at start for that policy: the built-in chain's own policy, and the
+    chains whose content depends on it. `family` is "" or "6".
+    """
+    target = _POLICIES[policy]
+    chain = _CHAINS[direction]
+    lines = ["*filter", f":{chain.upper()} {target} [0:0]"]
+    lines += [f"-F ufw{family}-{part}-{chain}" for part in ("reject", "track", "skip-to-policy")]
+    lines.append(f"-A ufw{family}-skip-to-policy-{chain} -j {target}")
+    if target == "ACCEPT":
+        tracked = "-m conntrack --ctstate NEW -j ACCEPT"
+        lines += [f"-A ufw{family}-track-{chain} -p {protocol} {tracked}" for protocol in ("tcp", "udp")]
+    return "\n".join([*lines, "COMMIT", ""])
+
+
+# After the kernel: the file is what the next run reads, and must not claim what the kernel does not do yet.
+_SET_DEFAULT = """set -eu
+sed -i "s/^DEFAULT_$1_POLICY=.*/DEFAULT_$1_POLICY=\\"$2\\"/" "$3"
+grep -qx "DEFAULT_$1_POLICY=\\"$2\\"" "$3" || printf 'DEFAULT_%s_POLICY="%s"\\n' "$1" "$2" >>"$3"
+"""
+_SET_IPV6 = """set -eu
+sed -i 's/^IPV6=.*/IPV6=yes/' "$1"
+grep -qx 'IPV6=yes' "$1" || echo 'IPV6=yes' >>"$1"
+"""
+
+
+def _default_commands(firewall: Mapping[str, Any], *, ipv6: bool) -> list[PyinfraCommand]:
+    commands: list[PyinfraCommand] = []
+    for direction, policy in DEFAULTS.items():
+        if firewall["defaults"].get(direction) == policy:
+            continue
+        if not firewall["active"]:
+            commands.append(program("ufw", "default", policy, direction))
+            continue
+        for restore, family in (("iptables-restore", ""), ("ip6tables-restore", "6"))[: 2 if ipv6 else 1]:
+            text = live_policy(direction, policy, family=family)
+            commands.append(program(restore, "-n", stdin=text.encode()))
+        chain = _CHAINS[direction].upper()
+        commands.append(script(_SET_DEFAULT, chain, _POLICIES[policy], DEFAULTS_FILE))
+    return commands
+
+
+def _commands(
+    firewall: Mapping[str, Any], *, ipv6: bool, at_boot: bool, prune_foreign: bool
+) -> list[PyinfraCommand]:
+    """Everything to do, in order: nothing is closed before what must stay open is open."""
+    commands: list[PyinfraCommand] = []
+    wanted = changes(firewall["rules"], prune_foreign=prune_foreign)
+    if ipv6 and not firewall["ipv6"]:
+        commands.append(script(_SET_IPV6, DEFAULTS_FILE))
+        # The rules there are hold for IPv4 alone, and look the same in `ufw show added`.
+        present = tuple(rule for rule in WANTED if rule not in wanted.add + wanted.prepend)
+        wanted = Changes(wanted.delete, wanted.add + present, wanted.prepend)
+    commands += _rule_commands(wanted)
+    commands += _default_commands(firewall, ipv6=ipv6)
+    if not at_boot:
+        commands.append(program("systemctl", "enable", SERVICE))
+    if not firewall["active"]:
+        commands.append(program("ufw", "--force", "enable"))
+    return commands
+
+
+def _work(*, prune_foreign: bool) -> list[PyinfraCommand]:
+    firewall = host.get_fact(Ufw)
+    ipv6 = host.get_fact(System)["ipv6"]
+    at_boot = is_enabled(host.get_fact(Units, names=[SERVICE])[SERVICE])
+    return _commands(firewall, ipv6=ipv6, at_boot=at_boot, prune_foreign=prune_foreign)
+
+
+@operation()
+def exactly(prune_foreign: bool = False) -> Commands:
+    """ufw is active, also after a boot, with our defaults and rules; foreign rules go with `prune_foreign`.
+
+    Otherwise they are reported and left. Refused: an active ufw that leaves IPv6 out, because only a reload
+    (a moment with an open INPUT) would take it in.
+    """
+    firewall = host.get_fact(Ufw)
+    ipv6 = host.get_fact(System)["ipv6"]
+    strangers = foreign(firewall["rules"])
+    if strangers and not prune_foreign:
+        warn(f"firewall: left alone, not ours: {'; '.join(strangers)} (prune_foreign = true removes them)")
+    if ipv6 and firewall["active"] and not firewall["ipv6"]:
+        yield refuse(
+            f"ufw is active with IPV6=no in {DEFAULTS_FILE}, and taking IPv6 in needs a reload, which opens "
+            "the firewall for a moment. When that is fine: `ufw disable` on the host, then run again."
+        )
+        return
+    commands = _work(prune_foreign=prune_foreign)
+    if not commands:
+        host.noop("firewall: exactly as wanted")
+        return
+    yield from gate.risky(host, commands)
+    if executing() and _work(prune_foreign=prune_foreign):
+        yield refuse(
+            "the firewall is not as wanted although every command succeeded. Compare `ufw show added` and "
+            "`ufw status verbose` on the host with docs/firewall.md."
+        )
