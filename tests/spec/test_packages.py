@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from control.settings import HostSettings
+from deploys import tailscale
 from facts.packages import Packages
 from tests.spec.reading import Reading
 
@@ -31,8 +32,8 @@ def test_security_updates_come_unattended(reading: Reading, settings: HostSettin
 def test_tailscale_is_among_the_unattended_updates(reading: Reading, settings: HostSettings) -> None:
     if not settings.unattended_upgrades:
         pytest.skip("unattended_upgrades = false for this host")
-    origins = reading.text("apt-config dump Unattended-Upgrade")
-    assert "ailscale" in origins
+    origins = reading.text("apt-config dump Unattended-Upgrade::Origins-Pattern")
+    assert f'"site={tailscale.site(settings)}"' in origins
 
 
 def test_foreign_repositories_offer_only_their_own_packages(reading: Reading) -> None:
