@@ -141,10 +141,11 @@ class AptRepo:
 
     def stop(self) -> None:
         """End the server and remove the repositories. Does nothing when there are none."""
-        record = _read(self.directory)
-        if record is not None and record.server is not None:
-            stop(record.server)
-        for process in self._unrecorded():
+        record = None
+        with contextlib.suppress(LabError):
+            record = _read(self.directory)
+        recorded = [record.server] if record and record.server else []
+        for process in [*recorded, *self._unrecorded()]:
             stop(process)
         shutil.rmtree(self.directory, ignore_errors=True)
 

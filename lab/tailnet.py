@@ -1,7 +1,7 @@
 """A tailnet of the lab's own: headscale with an embedded relay, and a control node that is on it.
 
-headscale listens on one address, that of the run's bridge. The control node is tailscaled in userspace
-mode: it needs neither root nor a tun device, and changes nothing on this machine. Both outlive the
+headscale listens on one address, that of the run's service bridge. The control node is tailscaled in
+userspace mode: it needs no tun device and touches no route or rule of this machine. Both outlive the
 process that started them; `Tailnet.attach` finds them again.
 """
 
@@ -18,17 +18,18 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lab import ca, toolchain
-from lab.process import LabError, Process, alive, identify, run, spawn, step, stop, wait_until
-from lab.state import locked, write
+from lab.process import LabError, Process, alive, identify, run, spawn, step, stop, succeeds, wait_until
+from lab.state import Subnet, locked, write
 
 SCHEMA = 1
 USER = "ops"
 CONTROL_NAME = "qpl-control"
+NAMESPACE_PREFIX = "qpn"
 SERVER_NAME = "headscale.lab.internal"
 PORT = 8443
 STUN_PORT = 3478
@@ -63,7 +64,7 @@ class Record:
     address: str
     cache: str
     sockets: str
-    namespace: str | None = None
+    service: Subnet | None = None
     headscale: Process | None = None
     control: Process | None = None
 
@@ -74,7 +75,7 @@ class Record:
             "address": self.address,
             "cache": self.cache,
             "sockets": self.sockets,
-            "namespace": self.namespace,
+            "service": self.service and asdict(self.service),
             "headscale": self.headscale and self.headscale.to_json(),
             "control": self.control and self.control.to_json(),
         }
@@ -88,7 +89,7 @@ class Record:
             address=value["address"],
             cache=value["cache"],
             sockets=value["sockets"],
-            namespace=value["namespace"],
+            service=Subnet(**value["service"]) if value.get("service") else None,
             headscale=value["headscale"] and Process.from_json(value["headscale"]),
             control=value["control"] and Process.from_json(value["control"]),
         )
@@ -201,20 +202,54 @@ def socket_directory(directory: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="qpl-"))
 
 
+def namespace_name(service: Subnet) -> str:
+    """The network namespace of the control node on a run's service bridge."""
+    return f"{NAMESPACE_PREFIX}-{service.bridge.partition('-')[2]}"
+
+
+def ensure_namespace(service: Subnet) -> str:
+    """Make the control node's namespace, with one leg on the bridge, or make it whole. Returns its name."""
+    name = namespace_name(service)
+    if not (Path("/run/netns") / name).exists():
+        run(["ip", "netns", "add", name])
+    inside = ["ip", "-netns", name]
+    if not succeeds([*inside, "link", "show", "dev", "eth0"]):
+        # The leg has the namespace's name, 12 of the 15 characters an interface's name may have.
+        run(["ip", "link", "delete", name], check=False)
+        run(["ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name])
+    run(["ip", "link", "set", name, "master", service.bridge, "up"])
+    for device in ("lo", "eth0"):
+        run([*inside, "link", "set", device, "up"])
+    run([*inside, "address", "replace", f"{service.host4(2)}/24", "dev", "eth0"])
+    run([*inside, "-6", "address", "replace", f"{service.host6(2)}/64", "dev", "eth0", "nodad"])
+    run([*inside, "route", "replace", "default", "via", service.host4(1)])
+    run([*inside, "-6", "route", "replace", "default", "via", service.host6(1)])
+    return name
+
+
+def remove_namespace(service: Subnet) -> None:
+    """Take the control node's namespace away; its cable goes with it."""
+    name = namespace_name(service)
+    if (Path("/run/netns") / name).exists():
+        run(["ip", "netns", "delete", name])
+    run(["ip", "link", "delete", name], check=False)
+
+
 class Tailnet:
     """The tailnet of one run. Every method may be called from any process that has attached to it."""
 
-    def __init__(self, run_dir: Path, address: str, cache: Path, *, namespace: str | None = None) -> None:
+    def __init__(self, run_dir: Path, address: str, cache: Path, *, service: Subnet | None = None) -> None:
         """`address` is the IPv4 address to listen on; `cache` is where built tools are kept.
 
-        `namespace` is the network namespace (ip-netns(8)) that the control node lives in. tailscaled cannot
-        be told which addresses to listen on: without a namespace it has a UDP and a TCP port open on all of
-        this machine's. Its unix socket works from outside just the same.
+        `service` is the subnet whose bridge has that address. With it the control node lives in a network
+        namespace on that bridge, as host 2: tailscaled cannot be told which addresses to listen on, and
+        without a namespace it has a TCP and a UDP port open on all of this machine's. Its unix socket works
+        from outside just the same. Making the namespace takes root.
         """
         self.run_dir = run_dir
         self.address = address
         self.cache = cache
-        self.namespace = namespace
+        self.service = service
         self.directory = run_dir / "tailnet"
         self.logs = run_dir / "logs"
 
@@ -224,7 +259,7 @@ class Tailnet:
         record = _read(run_dir / "tailnet")
         if record is None:
             raise LabError(f"No tailnet was started in {run_dir}.", hint="`python -m lab up` starts one.")
-        return Tailnet(run_dir, record.address, Path(record.cache), namespace=record.namespace)
+        return Tailnet(run_dir, record.address, Path(record.cache), service=record.service)
 
     @property
     def login_server(self) -> str:
@@ -268,17 +303,22 @@ class Tailnet:
             self._join_control(tools)
 
     def stop(self) -> None:
-        """End both daemons and remove what they keep. Does nothing when there is nothing."""
-        record = _read(self.directory)
-        if record is None:
+        """End both daemons and remove what they keep. Does nothing when there is nothing.
+
+        A record that cannot be read is no reason to leave them running: they are known by their paths.
+        """
+        if not self.directory.is_dir():
             return
         with locked(self.directory / ".lock"):
-            for process in (record.control, record.headscale):
-                if process is not None:
-                    stop(process)
-            for process in self._unrecorded():
+            record = None
+            with contextlib.suppress(LabError):
+                record = _read(self.directory)
+            recorded = [record.control, record.headscale] if record else []
+            for process in [*filter(None, recorded), *self._unrecorded()]:
                 stop(process)
-            if Path(record.sockets) != self.directory:
+            if record and record.service:
+                remove_namespace(record.service)
+            if record and Path(record.sockets) != self.directory:
                 shutil.rmtree(record.sockets, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -376,7 +416,7 @@ class Tailnet:
         if record is None:
             sockets = socket_directory(self.directory)
             record = Record(
-                address=self.address, cache=str(self.cache), sockets=str(sockets), namespace=self.namespace
+                address=self.address, cache=str(self.cache), sockets=str(sockets), service=self.service
             )
             self._save(record)
         if record.address != self.address:
@@ -404,8 +444,8 @@ class Tailnet:
 
     def _start_control(self, tools: toolchain.Tools, record: Record) -> None:
         log = self.logs / "control-node.log"
-        # `ip` puts tailscaled in its own place: the process id stays the same.
-        inside = ["ip", "netns", "exec", record.namespace] if record.namespace else []
+        # `ip` becomes tailscaled: the process id stays the same.
+        inside = ["ip", "netns", "exec", ensure_namespace(record.service)] if record.service else []
         command = [
             *inside,
             str(tools.tailscaled),
