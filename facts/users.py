@@ -71,3 +71,18 @@ class AuthorizedKeys(FactBase[list[str]]):
     def process(self, output: list[str]) -> list[str]:
         lines = (line.strip() for line in output)
         return [line for line in lines if line and not line.startswith("#")]
+
+
+class GroupMembers(FactBase[list[str]]):
+    """Names of the accounts that `group` lists as members. Empty without such a group."""
+
+    @staticmethod
+    def default() -> list[str]:
+        return []
+
+    def command(self, group: str) -> StringCommand:
+        return StringCommand("getent group --", QuoteString(group), "|| true")
+
+    def process(self, output: list[str]) -> list[str]:
+        members = output[0].split(":")[3:] if output else []
+        return [name for name in ",".join(members).split(",") if name]

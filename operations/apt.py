@@ -16,6 +16,7 @@ from facts.system import System
 from operations import aptwait
 from operations.common import Commands, refuse, script, warn
 from operations.files import put_if_needed
+from operations.units import enable_if_needed
 
 WAIT_S = 900
 # Above the wait for locks: an upgrade of the lists and a download over a slow link.
@@ -200,6 +201,18 @@ def packages(names: tuple[str, ...]) -> Commands:
         host.noop("all are installed")
         return
     yield install(absent)
+
+
+@operation()
+def scheduled(timers: tuple[str, ...]) -> Commands:
+    """apt's own timers, which fetch lists and install upgrades, are enabled and run."""
+    changed = False
+    for timer in timers:
+        for command in enable_if_needed(timer):
+            changed = True
+            yield command
+    if not changed:
+        host.noop("apt's timers run")
 
 
 @operation()

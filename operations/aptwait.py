@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     why = wait(float(argv[0]))
     if why is None:
         return 0
-    print(f"apt is not free after {argv[0]} s: {why}. Wait for it, or end it, and run again.", file=sys.stderr)
+    print(f"apt is not free after {argv[0]} s: {why}. Wait or end it, and run again.", file=sys.stderr)
     return 1
 
 

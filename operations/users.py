@@ -14,7 +14,7 @@ from operations.common import Commands, program, refuse, script, warn
 FIRST_USER_ID = 1000
 NOBODY_ID = 65534
 
-# As the user, so that no link made in the home directory sends root's write elsewhere. Appended, not replaced:
+# As the user, so that no link in the home directory sends root's write elsewhere. Appended, not replaced:
 # keys that are there stay. A file without a last newline would glue our first key to its last line.
 _ADD_KEYS = """set -eu
 home=$(getent passwd -- "$1" | cut -d: -f6)
@@ -86,12 +86,3 @@ def authorized_keys(user: str, keys: tuple[str, ...]) -> Commands:
         host.noop("every key is there")
         return
     yield script(_ADD_KEYS, user, stdin="".join(f"{key}\n" for key in missing).encode(), timeout=60)
-
-
-@operation()
-def in_group(user: str, group: str) -> Commands:
-    """`user` is a member of `group`, besides the groups it is in already."""
-    if group in host.get_fact(Account, user=user).get("groups", []):
-        host.noop(f"{user} is in {group}")
-        return
-    yield program("usermod", "--append", "--groups", group, user)

@@ -1,0 +1,218 @@
+"""The engine, its configuration, and the chain that keeps what containers publish off the public side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyinfra.api.operation import operation
+from pyinfra.context import host
+
+from facts.docker import DAEMON_JSON, Docker
+from facts.docker_user import DockerUserChain
+from facts.files import FileText
+from facts.system import System
+from facts.units import Units
+from facts.users import GroupMembers
+from operations import apt
+from operations.common import Commands, program, refuse, script, warn
+from operations.files import put_if_needed
+from operations.units import enable_if_needed, files_if_needed
+
+SERVICE = "docker.service"
+CHAIN_UNIT = "quietport-docker-user.service"
+CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
+LOOPBACK = "127.0.0.1"
+BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
+ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
+LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
+
+# Debian 12's compose is version 1; Debian 13 only recommends the command line, so it is named.
+DISTRIBUTION_PACKAGES = {
+    "bookworm": ("docker.io", "docker-compose"),
+    "trixie": ("docker.io", "docker-cli", "docker-compose"),
+    "noble": ("docker.io", "docker-compose-v2"),
+}
+UPSTREAM_PACKAGES = ("docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin")
+# What Docker's repository may give: the packages above and what they suggest.
+UPSTREAM_ALLOWED = (*UPSTREAM_PACKAGES, "docker-buildx-plugin", "docker-ce-rootless-extras")
+# 20.10 reads default-network-opts without an error and does nothing with it (read, and ran).
+WITHOUT_NETWORK_DEFAULTS = ("bookworm",)
+
+# live-restore first, by reload: a restart before it is on would stop every container.
+_APPLY = """set -eu
+systemctl reload docker.service
+for try in $(seq 20); do
+  if [ "$(timeout 10 docker info --format '{{.LiveRestoreEnabled}}' 2>/dev/null)" = true ]; then
+    exec systemctl restart docker.service
+  fi
+  sleep 0.5
+done
+echo "Docker did not switch live-restore on when reloaded. It is not restarted: containers would stop." >&2
+echo "See 'journalctl -u docker'; a swarm cannot have live-restore." >&2
+exit 1
+"""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """daemon.json as it will be, or why it cannot be made, as a sentence."""
+
+    text: str = ""
+    refusal: str | None = None
+    changed: bool = True
+
+
+def merged(existing: str | None, *, network_defaults: bool) -> Merge:
+    """`existing` (the text of daemon.json, None when there is none) with what we need in it.
+
+    Ours are the address ports are published on, live-restore, and log rotation where no log driver was
+    chosen; every other key stays. `network_defaults`: whether the engine has default-network-opts.
+    """
+    try:
+        config = json.loads(existing) if existing and existing.strip() else {}
+    except ValueError as error:
+        return Merge(refusal=f"{DAEMON_JSON} is not JSON ({error}). Correct it; it is not overwritten.")
+    if not isinstance(config, dict):
+        return Merge(refusal=f"{DAEMON_JSON} is not a JSON object. Correct it; it is not overwritten.")
+    wanted = {**config, "ip": LOOPBACK, "live-restore": True, **_log(config)}
+    if network_defaults:
+        wanted["default-network-opts"] = _network_options(config.get("default-network-opts"))
+    return Merge(text=json.dumps(wanted, indent=2) + "\n", changed=wanted != config)
+
+
+def firewall_refusal(docker: dict[str, Any]) -> str | None:
+    """Why published ports could not be kept off the public side with this engine, as a sentence."""
+    if docker["firewall"] == "none":
+        return (
+            "Docker is told not to use iptables here (in daemon.json or by a flag), so no chain keeps "
+            "published ports off the public side. Remove that, then run again."
+        )
+    if docker["firewall"] == "nftables":
+        return (
+            "Docker is told to use its nftables backend here, where the chain that keeps published ports off "
+            "the public side does not exist. Remove that, then run again."
+        )
+    return None
+
+
+def _log(config: dict[str, Any]) -> dict[str, Any]:
+    """Log rotation, unless the host's owner chose a driver that rotates (or ships) by itself."""
+    if config.get("log-driver", "json-file") not in ("json-file", "local"):
+        return {}
+    options = config.get("log-opts")
+    return {
+        "log-driver": config.get("log-driver", "json-file"),
+        "log-opts": {**LOG_OPTIONS, **(options if isinstance(options, dict) else {})},
+    }
+
+
+def _network_options(options: Any) -> dict[str, Any]:
+    options = options if isinstance(options, dict) else {}
+    bridge = options.get("bridge") if isinstance(options.get("bridge"), dict) else {}
+    return {**options, "bridge": {**bridge, BIND_OPTION: LOOPBACK}}
+
+
+def has_network_defaults(*, source: str, codename: str) -> bool:
+    """Whether the engine that `source` gives on this release has default-network-opts."""
+    return source == "docker" or codename not in WITHOUT_NETWORK_DEFAULTS
+
+
+def packages_for(*, source: str, codename: str) -> tuple[str, ...]:
+    """Engine and compose, by name. A release that is not known gets Debian 13's names."""
+    if source == "docker":
+        return UPSTREAM_PACKAGES
+    return DISTRIBUTION_PACKAGES.get(codename, DISTRIBUTION_PACKAGES["trixie"])
+
+
+def source_refusal(docker: dict[str, Any], source: str) -> str | None:
+    """Why the engine cannot come from `source` on this host, as a sentence; None when it can."""
+    if docker["source"] in (None, source) or docker["containers"] == 0:
+        return None
+    return (
+        f'Docker is installed from "{docker["source"]}" and has {docker["containers"]} containers; changing '
+        f'docker_source to "{source}" would replace the engine under them. Remove the containers first.'
+    )
+
+
+@operation()
+def configured(source: str) -> Commands:
+    """daemon.json has what keeps published ports on loopback, and a running engine uses it.
+
+    Before the engine is installed the file is written only: it is there at the first start. A running engine
+    gets live-restore by reload, then a restart that leaves containers running.
+    """
+    docker = host.get_fact(Docker)
+    network_defaults = has_network_defaults(source=source, codename=host.get_fact(System)["codename"])
+    result = merged(host.get_fact(FileText, path=DAEMON_JSON), network_defaults=network_defaults)
+    refusal = source_refusal(docker, source) or result.refusal or firewall_refusal(docker)
+    if refusal is not None:
+        yield refuse(refusal)
+        return
+    if result.changed:
+        yield program("install", "-d", "-m", "0755", "--", str(Path(DAEMON_JSON).parent))
+        yield from put_if_needed(DAEMON_JSON, result.text)
+    if docker["running"] and (result.changed or docker["config_stale"]):
+        yield script(_APPLY, timeout=180)
+    elif not result.changed:
+        host.noop("daemon.json is as wanted, and in use")
+
+
+@operation()
+def shielded(unit_text: str) -> Commands:
+    """What containers publish is not reachable from the public side, from before Docker's start.
+
+    The unit that docker.service requires is installed and has run; its rules are put back when they are not
+    as wanted. Never restarted: docker.service requires it, so that would restart Docker too.
+    """
+    changed = False
+    for step in (files_if_needed({CHAIN_UNIT_PATH: unit_text}), _chain_runs()):
+        for command in step:
+            changed = True
+            yield command
+    if not changed:
+        host.noop("the chain is in place")
+
+
+def _chain_runs() -> Commands:
+    unit = host.get_fact(Units, names=[CHAIN_UNIT])[CHAIN_UNIT]
+    if unit["active"] != "active" or unit["enabled"] != "enabled":
+        yield from enable_if_needed(CHAIN_UNIT)
+    elif not host.get_fact(DockerUserChain):
+        yield program("systemctl", "reload", CHAIN_UNIT, timeout=60)
+
+
+@operation()
+def installed(source: str) -> Commands:
+    """Engine and compose of `source` are installed; the engine is enabled and running."""
+    refusal = source_refusal(host.get_fact(Docker), source)
+    if refusal is not None:
+        yield refuse(refusal)
+        return
+    absent = apt.missing(packages_for(source=source, codename=host.get_fact(System)["codename"]))
+    changed = False
+    if absent:
+        changed = True
+        yield apt.install(absent)
+    for command in enable_if_needed(SERVICE):
+        changed = True
+        yield command
+    if not changed:
+        host.noop("engine and compose are installed, and the engine runs")
+
+
+@operation()
+def group(users: tuple[str, ...]) -> Commands:
+    """`users` are in the docker group. Others who are there are reported, not removed."""
+    members = host.get_fact(GroupMembers, group="docker")
+    for user in users:
+        warn(f"{user} is put into the docker group, as docker_users asks: {ROOT_IN_ALL_BUT_NAME}.")
+    for user in sorted(set(members) - set(users)):
+        warn(f"{user} is in the docker group, and docker_users does not ask for it: {ROOT_IN_ALL_BUT_NAME}.")
+    absent = [user for user in users if user not in members]
+    if not absent:
+        host.noop("the docker group is as asked for")
+    for user in absent:
+        yield program("usermod", "--append", "--groups", "docker", user)
