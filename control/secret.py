@@ -90,7 +90,9 @@ def resolve(source: str, *, what: str) -> Secret:
 def _from_env(name: str, what: str) -> bytes:
     value = os.environb.get(name.encode())
     if value is None:
-        raise SecretError(f"{what}: the environment has no {name}.", hint=f"Set {name}, or change the source.")
+        raise SecretError(
+            f"{what}: the environment has no {name}.", hint=f"Set {name}, or change the source."
+        )
     return value
 
 
@@ -100,7 +102,9 @@ def _from_file(path: str, what: str) -> bytes:
         # O_NONBLOCK: a FIFO without a writer would hang us here.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise SecretError(f"{what}: cannot read {file}: {error.strerror}.", hint="Create it, or change the source.") from error
+        raise SecretError(
+            f"{what}: cannot read {file}: {error.strerror}.", hint="Create it, or change the source."
+        ) from error
     with os.fdopen(fd, "rb") as stream:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise SecretError(f"{what}: {file} is not a regular file.", hint="Point the source at a file.")
@@ -112,9 +116,13 @@ def _from_command(line: str, what: str) -> bytes:
     try:
         done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=COMMAND_TIMEOUT_S, check=False)
     except OSError as error:
-        raise SecretError(f"{what}: cannot run {argv[0]}: {error.strerror}.", hint="Install it, or change the source.") from error
+        raise SecretError(
+            f"{what}: cannot run {argv[0]}: {error.strerror}.", hint="Install it, or change the source."
+        ) from error
     except subprocess.TimeoutExpired as error:
         raise SecretError(f"{what}: {argv[0]} took longer than {COMMAND_TIMEOUT_S} s.") from error
     if done.returncode != 0:
-        raise SecretError(f"{what}: {argv[0]} failed with exit code {done.returncode}.", hint="Run it by hand to see why.")
+        raise SecretError(
+            f"{what}: {argv[0]} failed with exit code {done.returncode}.", hint="Run it by hand to see why."
+        )
     return done.stdout

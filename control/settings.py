@@ -45,30 +45,43 @@ class HostSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     address: str = Field(description="Public address or DNS name the blank host is reached by.")
-    port: int = Field(22, ge=1, le=65535, description="Port sshd answers on at the public address while the host is blank.")
+    port: int = Field(
+        22, ge=1, le=65535, description="Port sshd answers on at the public address while the host is blank."
+    )
     user: str = Field("root", description="User to log in as. Anyone but root needs sudo.")
     identity_file: str | None = Field(
         None, description="Private key to log in with. Without it: the SSH agent, then the default keys."
     )
     host_key: str | None = Field(
-        None, description="Fingerprint (SHA256:...) of the host key, when the provider tells it. Without it the first key seen is pinned."
+        None,
+        description="Fingerprint (SHA256:...) of the host key, when the provider tells it. Without it the first key seen is pinned.",
     )
-    sudo_password: Source | None = Field(None, description="Source of the password sudo asks for (env:NAME, file:PATH, command:ARGV).")
+    sudo_password: Source | None = Field(
+        None, description="Source of the password sudo asks for (env:NAME, file:PATH, command:ARGV)."
+    )
     login_password: Source | None = Field(
-        None, description="Source of the password of the first login, where the provider gives no key. Passwords are off afterwards."
+        None,
+        description="Source of the password of the first login, where the provider gives no key. Passwords are off afterwards.",
     )
     authorized_keys: tuple[str, ...] = Field(
-        (), description="Public keys added for the login user and for the agent users; keys already there stay."
+        (),
+        description="Public keys added for the login user and for the agent users; keys already there stay.",
     )
 
-    hostname: str | None = Field(None, description="The host's name on the tailnet. Without it: its name here.")
+    hostname: str | None = Field(
+        None, description="The host's name on the tailnet. Without it: its name here."
+    )
     tailnet_address: str | None = Field(
-        None, description="Tailnet address of a host that was joined elsewhere. Without it: remembered, or asked of the operator's tailscale."
+        None,
+        description="Tailnet address of a host that was joined elsewhere. Without it: remembered, or asked of the operator's tailscale.",
     )
     tailnet_proxy: str | None = Field(
-        None, description="Command that carries SSH into the tailnet (%h and %p are filled in), for a tailscaled in userspace mode."
+        None,
+        description="Command that carries SSH into the tailnet (%h and %p are filled in), for a tailscaled in userspace mode.",
     )
-    auth_key: Source | None = Field(None, description="Source of the key the host joins the tailnet with. Not needed once it is joined.")
+    auth_key: Source | None = Field(
+        None, description="Source of the key the host joins the tailnet with. Not needed once it is joined."
+    )
     login_server: str = Field(UPSTREAM_LOGIN_SERVER, description="Control server of the tailnet.")
     tailscale_repository: str | None = Field(
         None, description="apt repository of tailscale. Without it: upstream's for the host's distribution."
@@ -76,28 +89,44 @@ class HostSettings(BaseModel):
     tailscale_key_fingerprint: str = Field(
         TAILSCALE_KEY_FINGERPRINT, description="Fingerprint of the key that signs that repository."
     )
-    tailscale_tags: tuple[str, ...] = Field((), description="Tags the node asks for when it joins; an OAuth secret as auth_key needs them.")
+    tailscale_tags: tuple[str, ...] = Field(
+        (), description="Tags the node asks for when it joins; an OAuth secret as auth_key needs them."
+    )
     accept_dns: bool = Field(True, description="Use the tailnet's DNS settings.")
     accept_routes: bool = Field(False, description="Use routes other nodes advertise.")
     accept_key_expiry: bool = Field(
-        False, description="Go on although the node's key will expire. It then drops off the tailnet on that day."
+        False,
+        description="Go on although the node's key will expire. It then drops off the tailnet on that day.",
     )
 
     docker_source: Literal["debian", "docker", "none"] = Field(
-        "debian", description="Engine and compose of the distribution, of Docker's own repository, or no Docker at all."
+        "debian",
+        description="Engine and compose of the distribution, of Docker's own repository, or no Docker at all.",
     )
-    docker_repository: str | None = Field(None, description="apt repository of Docker. Without it: upstream's for the host's distribution.")
-    docker_key_fingerprint: str = Field(DOCKER_KEY_FINGERPRINT, description="Fingerprint of the key that signs that repository.")
+    docker_repository: str | None = Field(
+        None, description="apt repository of Docker. Without it: upstream's for the host's distribution."
+    )
+    docker_key_fingerprint: str = Field(
+        DOCKER_KEY_FINGERPRINT, description="Fingerprint of the key that signs that repository."
+    )
     docker_users: tuple[str, ...] = Field(
-        (), description="Users put into the docker group. Each of them is root in all but name: whoever can start containers can read and write every file."
+        (),
+        description="Users put into the docker group. Each of them is root in all but name: whoever can start containers can read and write every file.",
     )
 
-    agent_users: tuple[str, ...] = Field(("agent",), description="Users the agents run as. Made without a password and without sudo.")
-    secrets: dict[str, Source] = Field(
-        default_factory=dict, description="Files with a secret: path on the host = source. Owned by root, mode 0600, directory 0700."
+    agent_users: tuple[str, ...] = Field(
+        ("agent",), description="Users the agents run as. Made without a password and without sudo."
     )
-    prune_foreign: bool = Field(False, description="Remove firewall rules that are not ours. Otherwise they are reported and left.")
-    unattended_upgrades: bool = Field(True, description="Install security updates, and tailscale's, without being asked.")
+    secrets: dict[str, Source] = Field(
+        default_factory=dict,
+        description="Files with a secret: path on the host = source. Owned by root, mode 0600, directory 0700.",
+    )
+    prune_foreign: bool = Field(
+        False, description="Remove firewall rules that are not ours. Otherwise they are reported and left."
+    )
+    unattended_upgrades: bool = Field(
+        True, description="Install security updates, and tailscale's, without being asked."
+    )
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -141,7 +170,11 @@ class HostSettings(BaseModel):
     @field_validator("hostname")
     @classmethod
     def _hostname(cls, value: str | None) -> str | None:
-        return value if value is None else _check(_HOST_NAME, value, "is lower-case letters, digits and dashes, 63 at most")
+        return (
+            value
+            if value is None
+            else _check(_HOST_NAME, value, "is lower-case letters, digits and dashes, 63 at most")
+        )
 
     @field_validator("tailscale_key_fingerprint", "docker_key_fingerprint", mode="before")
     @classmethod
@@ -153,7 +186,11 @@ class HostSettings(BaseModel):
     @field_validator("host_key")
     @classmethod
     def _host_key(cls, value: str | None) -> str | None:
-        return value if value is None else _check(_SSH_FINGERPRINT, value, "is SHA256: and 43 characters, as ssh-keygen -lf prints it")
+        return (
+            value
+            if value is None
+            else _check(_SSH_FINGERPRINT, value, "is SHA256: and 43 characters, as ssh-keygen -lf prints it")
+        )
 
     @field_validator("login_server", "tailscale_repository", "docker_repository")
     @classmethod
@@ -186,10 +223,16 @@ class HostSettings(BaseModel):
     @classmethod
     def _secrets(cls, values: dict[str, str]) -> dict[str, str]:
         for path, source in values.items():
-            if not re.match(r"^/etc/[A-Za-z0-9._/-]+$", path) or ".." in path.split("/") or path.endswith("/"):
+            if (
+                not re.match(r"^/etc/[A-Za-z0-9._/-]+$", path)
+                or ".." in path.split("/")
+                or path.endswith("/")
+            ):
                 raise ValueError(f"has a path that is not a plain file below /etc: {path!r}")
             if len(Path(path).parts) < 4:
-                raise ValueError(f"has a file directly in /etc: {path!r}; give it a directory of its own, which becomes 0700")
+                raise ValueError(
+                    f"has a file directly in /etc: {path!r}; give it a directory of its own, which becomes 0700"
+                )
             check_source(source)
         return values
 
@@ -199,7 +242,9 @@ class HostSettings(BaseModel):
             raise ValueError('docker_users needs docker_source = "debian" or "docker"')
         unknown = set(self.docker_users) - set(self.agent_users) - {self.user}
         if unknown:
-            raise ValueError(f"docker_users names {', '.join(sorted(unknown))}, which is neither in agent_users nor the login user")
+            raise ValueError(
+                f"docker_users names {', '.join(sorted(unknown))}, which is neither in agent_users nor the login user"
+            )
         if self.tailnet_proxy is not None and "%h" not in self.tailnet_proxy:
             raise ValueError("tailnet_proxy needs %h where the host's address goes")
         return self
@@ -240,14 +285,21 @@ def parse_fleet(text: str, *, file: Path) -> Fleet:
         raise SettingsError(f"{file}: not TOML: {error}.") from error
     for key in document:
         if key not in ("defaults", "hosts"):
-            raise SettingsError(f"{file}: unknown table {key!r}.", hint=nearest(key, ["defaults", "hosts"]).strip())
+            raise SettingsError(
+                f"{file}: unknown table {key!r}.", hint=nearest(key, ["defaults", "hosts"]).strip()
+            )
     defaults = _table(document.get("defaults", {}), file, "[defaults]")
     if "address" in defaults or "tailnet_address" in defaults:
-        raise SettingsError(f"{file}: [defaults] has an address; every host has its own.", hint="Move it to [hosts.NAME].")
+        raise SettingsError(
+            f"{file}: [defaults] has an address; every host has its own.", hint="Move it to [hosts.NAME]."
+        )
     tables = _table(document.get("hosts", {}), file, "[hosts]")
     if not tables:
         raise SettingsError(f"{file}: no host in it.", hint="Add [hosts.NAME] with an address.")
-    hosts = {name: _host(name, _table(table, file, f"[hosts.{name}]"), defaults, file) for name, table in tables.items()}
+    hosts = {
+        name: _host(name, _table(table, file, f"[hosts.{name}]"), defaults, file)
+        for name, table in tables.items()
+    }
     _refuse_shared_addresses(hosts, file)
     return Fleet(file=file, hosts=hosts)
 
@@ -260,7 +312,9 @@ def _table(value: Any, file: Path, where: str) -> dict[str, Any]:
 
 def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path) -> HostSettings:
     if not _HOST_NAME.match(name):
-        raise SettingsError(f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most.")
+        raise SettingsError(
+            f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most."
+        )
     known = list(HostSettings.model_fields)
     for where, keys in (("[defaults]", defaults), (f"[hosts.{name}]", table)):
         for key in keys:
@@ -287,7 +341,9 @@ def _refuse_shared_addresses(hosts: dict[str, HostSettings], file: Path) -> None
             addresses.append((str(ipaddress.ip_address(host.tailnet_address)), 0))
         for address in addresses:
             if address in seen:
-                raise SettingsError(f"{file}: hosts {seen[address]} and {name} have one address, {address[0]}.")
+                raise SettingsError(
+                    f"{file}: hosts {seen[address]} and {name} have one address, {address[0]}."
+                )
             seen[address] = name
 
 
@@ -301,7 +357,9 @@ def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -
     if named := environ.get(ENV_HOSTS):
         path = Path(named)
         if not path.is_file():
-            raise SettingsError(f"{ENV_HOSTS} names {path}, which is not a file.", hint=f"Correct or unset {ENV_HOSTS}.")
+            raise SettingsError(
+                f"{ENV_HOSTS} names {path}, which is not a file.", hint=f"Correct or unset {ENV_HOSTS}."
+            )
         return path
     if (cwd / DEFAULT_FILE).is_file():
         return cwd / DEFAULT_FILE
@@ -312,7 +370,8 @@ def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -
         return labs[0]
     if labs:
         raise SettingsError(
-            f"No {DEFAULT_FILE} here, and {len(labs)} labs run.", hint=f"Set {ENV_HOSTS} to one of: {', '.join(map(str, labs))}."
+            f"No {DEFAULT_FILE} here, and {len(labs)} labs run.",
+            hint=f"Set {ENV_HOSTS} to one of: {', '.join(map(str, labs))}.",
         )
     raise SettingsError(
         f"No {DEFAULT_FILE} here, and no lab runs.",
