@@ -47,7 +47,9 @@ def tailscale(settings: HostSettings) -> None:
     tailnet.installed(name="tailscale: installed and running")
     tailnet.joined(name=f"tailscale: on the tailnet as {membership.hostname}", membership=membership)
     tailnet.preferences(name="tailscale: preferences as declared, Tailscale SSH off", membership=membership)
-    tailnet.remembered(name=f"operator: remember how to reach {host.name} over the tailnet", host_name=host.name)
+    tailnet.remembered(
+        name=f"operator: remember how to reach {host.name} over the tailnet", host_name=host.name
+    )
     tailnet.lasting(
         name="tailscale: the host stays on the tailnet",
         login_server=settings.login_server,

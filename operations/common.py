@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
 
 import click
 from pyinfra import logger
@@ -14,6 +14,8 @@ from pyinfra.api.state import State
 from pyinfra.context import host
 
 from control.secret import Secret
+
+T = TypeVar("T")
 
 # What an operation yields.
 Commands = Generator[PyinfraCommand, None, None]
@@ -91,6 +93,12 @@ def _arguments(stdin: bytes | Secret | None, timeout: int | None) -> Any:
 def unknown_yet(what: str) -> str:
     """What an operation's name ends with when its content is known only after an earlier change."""
     return f" [content known after {what}]"
+
+
+def each(items: Iterable[T]) -> Iterator[T]:
+    """The items, for a loop that calls operations. A plain loop ends in a cycle on hosts of unlike length."""
+    loop: Callable[[Iterable[T]], Iterator[T]] = host.loop
+    return loop(items)
 
 
 def executing() -> bool:
