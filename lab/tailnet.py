@@ -316,8 +316,8 @@ class Tailnet:
             recorded = [record.control, record.headscale] if record else []
             for process in [*filter(None, recorded), *self._unrecorded()]:
                 stop(process)
-            if record and record.service:
-                remove_namespace(record.service)
+            if service := record.service if record else self.service:
+                remove_namespace(service)
             if record and Path(record.sockets) != self.directory:
                 shutil.rmtree(record.sockets, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,193 @@
+"""Bringing a run up and down: the order in which its parts come, and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lab import container, engine, hosts, keys, network, targets
+from lab.aptrepo import AptRepo
+from lab.engine import Engine
+from lab.process import LabError, say, step
+from lab.state import Run, Target, cache_root, write
+from lab.tailnet import Tailnet
+
+CA_FILE = "/usr/local/share/ca-certificates/quietport-lab.crt"
+
+
+@dataclass(frozen=True)
+class Services:
+    """The run's services, up."""
+
+    tailnet: Tailnet
+    repository: AptRepo
+
+
+def services(run_: Run) -> Services:
+    """Bring up what the run's targets need and is not up: service address, tailnet, apt repositories."""
+    address = network.ensure_service(run_)
+    subnet = network.claim(run_, "service")
+    network.allow(run_, subnet)
+    tailnet = Tailnet(run_.directory, address, cache_root(), service=subnet)
+    tailnet.start()
+    repository = AptRepo(run_.directory, cache_root())
+    repository.serve(address)
+    return Services(tailnet, repository)
+
+
+def up(run_: Run, kind: str, distro: str, *, fresh: bool = False) -> Target:
+    """Have a target of that kind and Debian, with everything around it, and write the run's files.
+
+    One that runs stays as it is, one that is down is started; with `fresh` it is made anew, blank.
+    Raises LabError that says what did not come up; what there is stays for `logs` and goes with `down`.
+    """
+    name = targets.name_of(kind, distro)
+    run_.create()
+    with run_.lock():
+        around = services(run_)
+        old = run_.read().targets.get(name)
+        state = targets.state(run_, old) if old else "gone"
+        if old and state in ("running", "stopped") and not fresh:
+            target = old if state == "running" else targets.start(run_, old)
+            say(f"  {name} is there already; `--fresh` makes it anew")
+        else:
+            target = _blank(run_, around, kind, distro, name)
+        write_files(run_, around)
+    return target
+
+
+def _blank(run_: Run, around: Services, kind: str, distro: str, name: str) -> Target:
+    forget(run_, around.tailnet, name)
+    target = targets.create(run_, kind, distro)
+    _trust(run_, target, around.tailnet.ca_cert)
+    return new_auth_key(run_, around.tailnet, target)
+
+
+def forget(run_: Run, tailnet: Tailnet, name: str) -> None:
+    """A host of that name begins anew: its nodes, its pinned keys and its remembered addresses go."""
+    for node in joined(tailnet, name):
+        tailnet.delete_node(node)
+    hosts.forget_host_key(run_, name)
+    for path in (run_.directory / "operator").glob(f"{name}.*"):
+        path.unlink()
+
+
+def joined(tailnet: Tailnet, name: str) -> list[str]:
+    """The names on the tailnet of the nodes that asked to be called `name`."""
+    return [node.name for node in tailnet.nodes() if node.hostname == name]
+
+
+def new_auth_key(run_: Run, tailnet: Tailnet, target: Target) -> Target:
+    """Give the target a key to join with that nobody has used."""
+    if old := target.detail.get("auth_key"):
+        Path(old).unlink(missing_ok=True)
+    key = tailnet.auth_key()
+    return run_.save_target(replace(target, detail={**target.detail, "auth_key": str(key)}))
+
+
+def _trust(run_: Run, target: Target, certificate: Path) -> None:
+    """Make the target trust the lab's authority: its tailnet stands for one the world trusts."""
+    script = (
+        f"cat > {CA_FILE} <<'END'\n{certificate.read_text().strip()}\nEND\nupdate-ca-certificates >/dev/null"
+    )
+    targets.execute(run_, target, ["sh", "-ec", script])
+
+
+def write_files(run_: Run, around: Services) -> None:
+    """hosts.toml and ssh_config of the targets that are up."""
+    repository, tailnet = around.repository, around.tailnet
+    found = [target for target in run_.read().targets.values() if target.state != "creating"]
+    text = hosts.hosts_toml(
+        found,
+        services=hosts.Services(
+            login_server=tailnet.login_server,
+            tailnet_proxy=tailnet.proxy_command,
+            tailscale_repository=repository.tailscale_uri,
+            tailscale_key_fingerprint=repository.tailscale_fingerprint,
+            docker_repository=repository.docker_uri,
+            docker_key_fingerprint=repository.docker_fingerprint,
+        ),
+        identity_file=keys.operator_key(run_),
+        auth_keys={t.name: Path(t.detail["auth_key"]) for t in found if "auth_key" in t.detail},
+        example_secret=hosts.example_secret(run_),
+    )
+    write(run_.hosts_file, text)
+    write_ssh_config(run_, tailnet)
+
+
+def write_ssh_config(run_: Run, tailnet: Tailnet) -> None:
+    """ssh_config, with the tailnet addresses of those that joined by now."""
+    addresses = {node.hostname: node.addresses for node in tailnet.nodes() if node.name == node.hostname}
+    found = list(run_.read().targets.values())
+    text = hosts.ssh_config(run_, found, tailnet_proxy=tailnet.proxy_command, tailnet=addresses)
+    write(run_.ssh_config, text)
+
+
+def snapshot(run_: Run, target: Target) -> None:
+    """Keep the target as it is, and whether it was on the tailnet."""
+    with run_.lock():
+        with step(f"snapshot of {target.name}"):
+            targets.snapshot(run_, target)
+        nodes = joined(Tailnet.attach(run_.directory), target.name)
+        run_.save_target(replace(target, detail={**target.detail, "snapshot_joined": "yes" if nodes else ""}))
+
+
+def restore(run_: Run, target: Target) -> None:
+    """Bring the target back to its snapshot. What was not on the tailnet then begins anew there as well."""
+    with run_.lock():
+        with step(f"restore {target.name}"):
+            targets.restore(run_, target)
+        target = run_.target(target.name)
+        if not target.detail.get("snapshot_joined"):
+            around = services(run_)
+            forget(run_, around.tailnet, target.name)
+            new_auth_key(run_, around.tailnet, target)
+            write_files(run_, around)
+
+
+def down(run_: Run) -> None:
+    """Remove what the run made, and nothing else; also what a crash left half made.
+
+    Everything is tried; raises LabError when something is still there, and then the state stays too.
+    """
+    if not run_.exists:
+        say(f"No lab run {run_.id!r}: nothing to remove.")
+        return
+    failures: list[str] = []
+
+    def part(what: str, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except (LabError, OSError) as error:
+            failures.append(f"{what}: {error}")
+
+    with run_.lock():
+        state = run_.read()
+        # Removing containers takes a daemon: the lab's own is started for that, should it have died.
+        docker: list[Engine] = []
+        if state.engine is not None:
+            part("Docker", lambda: docker.append(engine.acquire(run_)))
+        for target in state.targets.values():
+            part(target.name, lambda target=target: targets.destroy(run_, target))  # type: ignore[misc]
+        if "vm" in state.networks:
+            part("virtual machines", lambda: _sweep_vms(run_))
+        found = docker[0] if docker else None
+        part("containers", lambda: container.sweep(run_, found))
+        part("tailnet", lambda: Tailnet(run_.directory, "", cache_root()).stop())
+        part("apt repositories", lambda: AptRepo(run_.directory, cache_root()).stop())
+        part("networks", lambda: network.release(run_, found))
+        if docker:
+            part("Docker daemon", lambda: engine.release(run_))
+        if not failures:
+            run_.remove()
+    if failures:
+        raise LabError(
+            f"Lab run {run_.id!r} is not all gone: {'; '.join(failures)}", hint="Try `down` again."
+        )
+
+
+def _sweep_vms(run_: Run) -> None:
+    from lab import vm
+
+    vm.sweep(run_)
