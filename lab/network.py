@@ -21,6 +21,7 @@ from lab.process import LabError, run, succeeds
 from lab.state import Run, Subnet, locked, write
 
 IPV4_POOL = "10.213.{}.0/24"
+IPV4_LAB = "10.213.0.0/16"
 IPV6_POOL = "fd71:7069:6574:{}::/64"
 PREFIXES = {"service": "qpl", "container": "qpc", "vm": "qpv"}
 """First letters of a bridge's name, by purpose; the run's tag follows."""
@@ -171,7 +172,8 @@ def rules_for(subnet: Subnet) -> list[Rule]:
             Rule(program, "filter", "FORWARD", ("-i", subnet.bridge, "-j", "ACCEPT")),
             Rule(program, "filter", "FORWARD", ("-o", subnet.bridge, "-j", "ACCEPT")),
         ]
-    nat = ("-s", subnet.ipv4, "!", "-o", subnet.bridge, "-j", "MASQUERADE")
+    # Among the lab's own networks addresses stay what they are: the tailnet's direct paths go by them.
+    nat = ("-s", subnet.ipv4, "!", "-d", IPV4_LAB, "-j", "MASQUERADE")
     return [*rules, Rule("iptables", "nat", "POSTROUTING", nat)]
 
 

@@ -48,7 +48,9 @@ def up(run_: Run, kind: str, distro: str, *, fresh: bool = False) -> Target:
         around = services(run_)
         old = run_.read().targets.get(name)
         state = targets.state(run_, old) if old else "gone"
-        if old and state in ("running", "stopped") and not fresh:
+        # Its key to the tailnet is the last thing a target is given: without one it was never finished.
+        finished = old is not None and "auth_key" in old.detail
+        if old and finished and state in ("running", "stopped") and not fresh:
             target = old if state == "running" else targets.start(run_, old)
             say(f"  {name} is there already; `--fresh` makes it anew")
         else:

@@ -1,0 +1,53 @@
+# Thin on purpose: every target is a command that can be typed. `make demo` is where to begin.
+PYTHON3 ?= python3
+TARGET ?= container
+PY := .venv/bin/python
+LAB := $(PY) -m lab
+
+# The lab run that these targets use. Never your own hosts: see `lab-hosts`.
+export QUIETPORT_LAB_RUN ?= make
+
+.PHONY: help venv demo test test-all lint types unit bench lock lab-up lab-down lab-hosts
+help:
+	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
+	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
+	@echo "make test-all          the same, and the VM with Debian 12"
+	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
+	@echo "make venv lint types unit lock"
+
+venv:
+	@$(PYTHON3) -m lab.bootstrap venv
+
+demo: venv
+	@$(PYTHON3) -m lab.bootstrap lab --target $(TARGET)
+	@env -u QUIETPORT_HOSTS $(LAB) demo --target $(TARGET)
+
+lint: venv
+	.venv/bin/ruff check .
+
+types: venv
+	.venv/bin/mypy
+
+unit: venv
+	env -u QUIETPORT_HOSTS .venv/bin/pytest -q
+
+test: lint types unit
+	@$(LAB) e2e
+
+test-all: export QUIETPORT_TEST_ALL = 1
+test-all: test
+
+lab-up: venv
+	@$(PYTHON3) -m lab.bootstrap lab --target $(TARGET)
+	@$(LAB) up --target $(TARGET)
+
+lab-down: venv
+	@$(LAB) down
+
+# Names the lab's hosts file, or fails: `QUIETPORT_HOSTS=$$(make -s lab-hosts) pyinfra inventory ...`
+lab-hosts: venv
+	@$(LAB) hosts
+
+# Hashes of every wheel, and no index addresses.
+lock:
+	uv pip compile --universal --python-version 3.11 --generate-hashes requirements.in -o requirements.lock
