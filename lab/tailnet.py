@@ -120,6 +120,8 @@ def headscale_config(*, directory: Path, sockets: Path, address: str) -> str:
                 "private_key_path": str(directory / "derp.key"),
                 "automatically_add_embedded_derp_region": True,
                 "ipv4": address,
+                # Not an address means no IPv6 (tailcfg.DERPNode): a node would wait for an answer to it.
+                "ipv6": "none",
             },
             "urls": [],
             "paths": [],
@@ -132,7 +134,8 @@ def headscale_config(*, directory: Path, sockets: Path, address: str) -> str:
         "tls_key_path": str(directory / "server.key"),
         "log": {"level": "info", "format": "text"},
         "policy": {"mode": "file", "path": str(directory / "policy.json")},
-        "dns": {"magic_dns": False, "override_local_dns": False, "base_domain": "tailnet.internal"},
+        # A base domain alone is enough for nodes to write a resolv.conf with it and without nameservers.
+        "dns": {"magic_dns": False, "override_local_dns": False, "base_domain": ""},
         "unix_socket": str(sockets / "headscale.sock"),
         "unix_socket_permission": "0700",
         "logtail": {"enabled": False},
