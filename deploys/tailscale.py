@@ -45,10 +45,10 @@ def tailscale(settings: HostSettings) -> None:
         repository=repository(settings, system["distribution"], system["codename"]),
     )
     tailnet.installed(name="tailscale: installed and running")
-    tailnet.joined(name=f"tailscale: on the tailnet as {membership.hostname}", membership=membership)
+    tailnet.joined(name="tailscale: on the tailnet", membership=membership)
     tailnet.preferences(name="tailscale: preferences as declared, Tailscale SSH off", membership=membership)
     tailnet.remembered(
-        name=f"operator: remember how to reach {host.name} over the tailnet", host_name=host.name
+        name="operator: remember how to reach the host over the tailnet", host_name=host.name
     )
     tailnet.lasting(
         name="tailscale: the host stays on the tailnet",

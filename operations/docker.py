@@ -152,8 +152,10 @@ def configured(source: str) -> Commands:
         yield refuse(refusal)
         return
     if result.changed:
+        # Made into a list first: a plan ends at the first command, and the difference is shown before it.
+        write = list(put_if_needed(DAEMON_JSON, result.text))
         yield program("install", "-d", "-m", "0755", "--", str(Path(DAEMON_JSON).parent))
-        yield from put_if_needed(DAEMON_JSON, result.text)
+        yield from write
     if docker["running"] and (result.changed or docker["config_stale"]):
         yield script(_APPLY, timeout=180)
     elif not result.changed:
