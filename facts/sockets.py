@@ -19,7 +19,7 @@ _PROGRAMS = (
     "cat /proc/1/cgroup; ss -lntup | grep -o ',pid=[0-9]*,' | tr -dc '0-9\\n' | sort -un | "
     "while read -r pid; do "
     'printf "pid %s\\n" "$pid"; cat "/proc/$pid/cgroup"; '
-    'printf "exe %s\\n" "$(readlink "/proc/$pid/exe" | tr "\\n" "?")"; done; true'
+    'printf "exe %s\\n" "$(readlink -n "/proc/$pid/exe" | tr "\\n" "?")"; done; true'
 )
 
 
