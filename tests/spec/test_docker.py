@@ -16,6 +16,12 @@ UNIT = "quietport-docker-user.service"
 LOOPBACK = ("127.0.0.1", "::1")
 
 
+def matched(rule: str) -> str:
+    """What a rule of the chain asks for, without our mark."""
+    asked = rule.split(" -j ")[0].removeprefix("-A DOCKER-USER")
+    return asked.replace("-m comment --comment quietport", "").strip()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _wanted(settings: HostSettings) -> None:
     if settings.docker_source == "none":
@@ -53,11 +59,15 @@ def test_the_daemon_runs_with_its_configuration(reading: Reading) -> None:
 def test_the_chain_lets_nothing_new_in_from_outside(reading: Reading, program: str) -> None:
     """Replies first, then the tailnet and Docker's own bridges by interface, the rest dropped."""
     rules = [rule for rule in reading.lines("%s -S DOCKER-USER", program) if rule.startswith("-A")]
-    assert "ESTABLISHED" in rules[0]
-    assert rules[0].endswith("-j RETURN")
-    assert [rule.split()[3] for rule in rules[1:-1]] == ["tailscale0", "docker0", "br-+"]
-    assert all(rule.endswith("-j RETURN") for rule in rules[1:-1])
-    assert rules[-1] == "-A DOCKER-USER -j DROP"
+    found = [(matched(rule), rule.split(" -j ")[1]) for rule in rules]
+    # What stands behind the DROP (Docker 26 leaves a RETURN there) is never asked.
+    assert found[:5] == [
+        ("-m conntrack --ctstate RELATED,ESTABLISHED", "RETURN"),
+        ("-i tailscale0", "RETURN"),
+        ("-i docker0", "RETURN"),
+        ("-i br-+", "RETURN"),
+        ("", "DROP"),
+    ]
 
 
 @pytest.mark.parametrize("program", ["iptables", "ip6tables"])
