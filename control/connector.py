@@ -114,7 +114,7 @@ class QuietportConnector(SSHConnector):
         unix_command = make_unix_command(command, **shell)
         if str(unix_command) != unix_command.get_raw_value():
             return False, _said(
-                "refused: a hidden value would be readable in the host's process list. Hand it over by _stdin."
+                "refused: a hidden value would show in the host's process list. Hand it over by _stdin."
             )
         logger.debug("Running command on %s: %s", self.host.name, unix_command)
         if print_input:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,4 +18,8 @@ def lab_root(environ: dict[str, str] | None = None) -> Path:
 
 def running_lab_files(environ: dict[str, str] | None = None) -> list[Path]:
     """The hosts files of the labs that run, oldest first."""
-    return sorted(lab_root(environ).glob("*/hosts.toml"), key=lambda path: path.stat().st_mtime)
+    found = []
+    for path in lab_root(environ).glob("*/hosts.toml"):
+        with contextlib.suppress(FileNotFoundError):  # a lab that goes down at this moment
+            found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found)]

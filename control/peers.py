@@ -24,7 +24,7 @@ class Peer:
 
 
 def peers(hostname: str) -> list[Peer]:
-    """Nodes that call themselves `hostname`, those that are online first. Empty when tailscale does not run."""
+    """Nodes that call themselves `hostname`, online ones first. Empty when tailscale does not run."""
     program = shutil.which("tailscale") or (str(_MAC_APP) if _MAC_APP.exists() else None)
     if program is None:
         return []
@@ -58,7 +58,10 @@ def duplicates(name: str, found: list[Peer]) -> str:
     if len(found) < 2:
         return ""
     listed = ", ".join(f"{peer.label} ({'online' if peer.online else 'offline'})" for peer in found)
-    return f"{name}: the tailnet has {len(found)} nodes of that name: {listed}. Remove the stale one at the control server."
+    return (
+        f"{name}: the tailnet has {len(found)} nodes of that name: {listed}. "
+        "Remove the stale one at the control server."
+    )
 
 
 def _is_called(node: dict[str, Any], hostname: str) -> bool:

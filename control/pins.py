@@ -66,12 +66,13 @@ def mismatch(
     if settings.host_key:
         return ReachError(
             f"{name}: {address} shows the host key {now}, and hosts.toml says {settings.host_key}.",
-            hint="Compare with what the provider's console shows; if the host was reinstalled, correct host_key.",
+            hint="Compare with the provider's console; if the host was reinstalled, correct host_key.",
         )
     was = ", ".join(f"{fingerprint(pin)} ({pin.split(' ')[0]})" for pin in pinned)
     return ReachError(
         f"{name}: the host key has changed: pinned is {was}, {address} shows {now}.",
-        hint=f"If {name} was reinstalled: `quietport forget {name}`. If not, do not go on: this is another machine.",
+        hint=f"If {name} was reinstalled: `quietport forget {name}`. "
+        "If not, do not go on: this is another machine.",
     )
 
 

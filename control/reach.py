@@ -258,7 +258,8 @@ def _require_claim(session: Session) -> None:
         claimed = False
     if not claimed:
         raise ReachError(
-            f"{session.name}: the tailnet node {session.address} has that name, but {HOST_JSON} there does not say so.",
+            f"{session.name}: the tailnet node {session.address} has that name, "
+            f"but {HOST_JSON} there does not say so.",
             hint="If it is the host, set tailnet_address; if not, set another hostname.",
         )
 

@@ -67,8 +67,10 @@ def check_source(source: str) -> str:
     if not colon or scheme not in SCHEMES or not rest.strip():
         # The text may be the secret itself, pasted in the wrong place: it is not repeated.
         raise ValueError("a secret's source is env:NAME, file:PATH or command:ARGV, not the secret itself")
-    if scheme == "command":
-        shlex.split(rest)
+    if "\0" in source:
+        raise ValueError("a secret's source has no NUL byte in it")
+    if scheme == "command" and not shlex.split(rest)[0]:
+        raise ValueError("a secret's source command:ARGV names a program")
     return source
 
 
@@ -77,7 +79,10 @@ def resolve(source: str, *, what: str) -> Secret:
 
     Raises SecretError, naming `what` and the source, when it is absent, fails or is empty.
     """
-    scheme, _, rest = check_source(source).partition(":")
+    try:
+        scheme, _, rest = check_source(source).partition(":")
+    except ValueError as error:
+        raise SecretError(f"{what}: {error}.") from None
     reader = {"env": _from_env, "file": _from_file, "command": _from_command}[scheme]
     value = reader(rest, what)
     if not value.strip():
@@ -97,7 +102,10 @@ def _from_env(name: str, what: str) -> bytes:
 
 
 def _from_file(path: str, what: str) -> bytes:
-    file = Path(path).expanduser()
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody-here
+        raise SecretError(f"{what}: cannot read {path}: no such user.", hint="Change the source.") from error
     try:
         # O_NONBLOCK: a FIFO without a writer would hang us here.
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -105,15 +113,20 @@ def _from_file(path: str, what: str) -> bytes:
         raise SecretError(
             f"{what}: cannot read {file}: {error.strerror}.", hint="Create it, or change the source."
         ) from error
-    with os.fdopen(fd, "rb") as stream:
+    try:
+        # Before fdopen, which raises an error of its own for a directory.
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise SecretError(f"{what}: {file} is not a regular file.", hint="Point the source at a file.")
-        return stream.read(MAX_SECRET_BYTES + 1)
+        with os.fdopen(fd, "rb", closefd=False) as stream:
+            return stream.read(MAX_SECRET_BYTES + 1)
+    finally:
+        os.close(fd)
 
 
 def _from_command(line: str, what: str) -> bytes:
     argv = shlex.split(line)
     try:
+        # Its standard error and terminal stay: pass and sops may ask for a passphrase there.
         done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=COMMAND_TIMEOUT_S, check=False)
     except OSError as error:
         raise SecretError(

@@ -10,6 +10,7 @@ import difflib
 import ipaddress
 import os
 import re
+import shlex
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,8 @@ from control.secret import check_source
 ENV_HOSTS = "QUIETPORT_HOSTS"
 DEFAULT_FILE = "hosts.toml"
 UPSTREAM_LOGIN_SERVER = "https://controlplane.tailscale.com"
-# https://tailscale.com/kb/1031 and https://docs.docker.com/engine/install/debian: the primary keys upstream publishes.
+# The primary keys upstream publishes: https://tailscale.com/kb/1031 and
+# https://docs.docker.com/engine/install/debian.
 TAILSCALE_KEY_FINGERPRINT = "2596A99EAAB33821893C0A79458CA832957F5868"
 DOCKER_KEY_FINGERPRINT = "9DC858229FC7DD38854AE2D88D81803C0EBFCD88"
 
@@ -35,6 +37,15 @@ _SSH_FINGERPRINT = re.compile(r"^SHA256:[A-Za-z0-9+/]{43}$")
 _TAG = re.compile(r"^tag:[a-z][a-z0-9-]*$")
 # The part of an address and of a command line that must never start an option or a shell construct.
 _ADDRESS = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$|^::[0-9A-Fa-f:]*$")
+# Directories of the system below /etc: made 0700 for a secret, they would break what reads them.
+_NOT_OURS = frozenset(
+    f"/etc/{name}"
+    for name in (
+        *("apt", "cron.d", "cron.daily", "default", "docker", "init.d", "logrotate.d", "pam.d", "profile.d"),
+        *("quietport", "security", "skel", "ssh", "ssl", "ssl/certs", "ssl/private", "sudoers.d", "sysctl.d"),
+        *("systemd", "systemd/system", "ufw"),
+    )
+)
 
 Source = str
 
@@ -46,22 +57,34 @@ class HostSettings(BaseModel):
 
     address: str = Field(description="Public address or DNS name the blank host is reached by.")
     port: int = Field(
-        22, ge=1, le=65535, description="Port sshd answers on at the public address while the host is blank."
+        22,
+        ge=1,
+        le=65535,
+        strict=True,
+        description="Port sshd answers on at the public address while the host is blank.",
     )
-    user: str = Field("root", description="User to log in as. Anyone but root needs sudo.")
+    user: str = Field(
+        "root",
+        description="User to log in as. Without it: what ~/.ssh/config says for the address, else root. "
+        "Anyone but root needs sudo.",
+    )
     identity_file: str | None = Field(
-        None, description="Private key to log in with. Without it: the SSH agent, then the default keys."
+        None,
+        description="Private key to log in with. Without it: what ~/.ssh/config says, the SSH agent, "
+        "the default keys.",
     )
     host_key: str | None = Field(
         None,
-        description="Fingerprint (SHA256:...) of the host key, when the provider tells it. Without it the first key seen is pinned.",
+        description="Fingerprint (SHA256:...) of the host key, when the provider tells it. "
+        "Without it the first key seen is pinned.",
     )
     sudo_password: Source | None = Field(
         None, description="Source of the password sudo asks for (env:NAME, file:PATH, command:ARGV)."
     )
     login_password: Source | None = Field(
         None,
-        description="Source of the password of the first login, where the provider gives no key. Passwords are off afterwards.",
+        description="Source of the password of the first login, where the provider gives no key. "
+        "Passwords are off afterwards.",
     )
     authorized_keys: tuple[str, ...] = Field(
         (),
@@ -73,11 +96,13 @@ class HostSettings(BaseModel):
     )
     tailnet_address: str | None = Field(
         None,
-        description="Tailnet address of a host that was joined elsewhere. Without it: remembered, or asked of the operator's tailscale.",
+        description="Tailnet address of a host that was joined elsewhere. "
+        "Without it: remembered, or asked of the operator's tailscale.",
     )
     tailnet_proxy: str | None = Field(
         None,
-        description="Command that carries SSH into the tailnet (%h and %p are filled in), for a tailscaled in userspace mode.",
+        description="Command that carries SSH into the tailnet (%h and %p are filled in), "
+        "for a tailscaled in userspace mode.",
     )
     auth_key: Source | None = Field(
         None, description="Source of the key the host joins the tailnet with. Not needed once it is joined."
@@ -92,16 +117,17 @@ class HostSettings(BaseModel):
     tailscale_tags: tuple[str, ...] = Field(
         (), description="Tags the node asks for when it joins; an OAuth secret as auth_key needs them."
     )
-    accept_dns: bool = Field(True, description="Use the tailnet's DNS settings.")
-    accept_routes: bool = Field(False, description="Use routes other nodes advertise.")
+    accept_dns: bool = Field(True, strict=True, description="Use the tailnet's DNS settings.")
+    accept_routes: bool = Field(False, strict=True, description="Use routes other nodes advertise.")
     accept_key_expiry: bool = Field(
         False,
+        strict=True,
         description="Go on although the node's key will expire. It then drops off the tailnet on that day.",
     )
 
     docker_source: Literal["debian", "docker", "none"] = Field(
         "debian",
-        description="Engine and compose of the distribution, of Docker's own repository, or no Docker at all.",
+        description="Engine and compose of the distribution, of Docker's own repository, or none at all.",
     )
     docker_repository: str | None = Field(
         None, description="apt repository of Docker. Without it: upstream's for the host's distribution."
@@ -111,7 +137,8 @@ class HostSettings(BaseModel):
     )
     docker_users: tuple[str, ...] = Field(
         (),
-        description="Users put into the docker group. Each of them is root in all but name: whoever can start containers can read and write every file.",
+        description="Users put into the docker group. Each of them is root in all but name: "
+        "whoever can start containers can read and write every file.",
     )
 
     agent_users: tuple[str, ...] = Field(
@@ -119,13 +146,16 @@ class HostSettings(BaseModel):
     )
     secrets: dict[str, Source] = Field(
         default_factory=dict,
-        description="Files with a secret: path on the host = source. Owned by root, mode 0600, directory 0700.",
+        description="Files with a secret: path on the host = source. "
+        "Owned by root, mode 0600, directory 0700.",
     )
     prune_foreign: bool = Field(
-        False, description="Remove firewall rules that are not ours. Otherwise they are reported and left."
+        False,
+        strict=True,
+        description="Remove firewall rules that are not ours. Otherwise they are reported and left.",
     )
     unattended_upgrades: bool = Field(
-        True, description="Install security updates, and tailscale's, without being asked."
+        True, strict=True, description="Install security updates, and tailscale's, without being asked."
     )
 
     @property
@@ -135,16 +165,19 @@ class HostSettings(BaseModel):
     @field_validator("address", "tailnet_address")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        if value is not None and not _ADDRESS.match(value):
+        if value is not None and not _ADDRESS.fullmatch(value):
             raise ValueError("is an IP address or a DNS name")
         return value
 
     @field_validator("tailnet_address")
     @classmethod
     def _tailnet_address(cls, value: str | None) -> str | None:
-        if value is not None:
-            ipaddress.ip_address(value)
-        return value
+        if value is None:
+            return None
+        try:
+            return str(ipaddress.ip_address(value))
+        except ValueError:
+            raise ValueError("is an IP address") from None
 
     @field_validator("user")
     @classmethod
@@ -195,7 +228,7 @@ class HostSettings(BaseModel):
     @field_validator("login_server", "tailscale_repository", "docker_repository")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
-        if value is not None and not re.match(r"^https?://[^\s\"'\\]+$", value):
+        if value is not None and not re.fullmatch(r"https?://[^\s\"'\\]+", value):
             raise ValueError("is an http(s) address")
         return value
 
@@ -224,17 +257,33 @@ class HostSettings(BaseModel):
     def _secrets(cls, values: dict[str, str]) -> dict[str, str]:
         for path, source in values.items():
             if (
-                not re.match(r"^/etc/[A-Za-z0-9._/-]+$", path)
+                not re.fullmatch(r"/etc/[A-Za-z0-9._/-]+", path)
                 or ".." in path.split("/")
                 or path.endswith("/")
             ):
                 raise ValueError(f"has a path that is not a plain file below /etc: {path!r}")
             if len(Path(path).parts) < 4:
                 raise ValueError(
-                    f"has a file directly in /etc: {path!r}; give it a directory of its own, which becomes 0700"
+                    f"has a file directly in /etc: {path!r}; "
+                    "give it a directory of its own, which becomes 0700"
+                )
+            if str(Path(path).parent) in _NOT_OURS:
+                raise ValueError(
+                    f"has a file directly in {Path(path).parent}, which others need to read; "
+                    "give it a directory of its own, which becomes 0700"
                 )
             check_source(source)
         return values
+
+    @field_validator("tailnet_proxy")
+    @classmethod
+    def _proxy(cls, value: str | None) -> str | None:
+        if value is not None:
+            if "%h" not in value:
+                raise ValueError("needs %h where the host's address goes")
+            if not shlex.split(value):
+                raise ValueError("is a command")
+        return value
 
     @model_validator(mode="after")
     def _belongs_together(self) -> HostSettings:
@@ -243,10 +292,9 @@ class HostSettings(BaseModel):
         unknown = set(self.docker_users) - set(self.agent_users) - {self.user}
         if unknown:
             raise ValueError(
-                f"docker_users names {', '.join(sorted(unknown))}, which is neither in agent_users nor the login user"
+                f"docker_users names {', '.join(sorted(unknown))}, "
+                "which is neither in agent_users nor the login user"
             )
-        if self.tailnet_proxy is not None and "%h" not in self.tailnet_proxy:
-            raise ValueError("tailnet_proxy needs %h where the host's address goes")
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -263,7 +311,7 @@ class Fleet:
 
 
 def _check(pattern: re.Pattern[str], value: str, rule: str) -> str:
-    if not pattern.match(value):
+    if not pattern.fullmatch(value):
         raise ValueError(rule)
     return value
 
@@ -281,18 +329,20 @@ def parse_fleet(text: str, *, file: Path) -> Fleet:
     """
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
         raise SettingsError(f"{file}: not TOML: {error}.") from error
+    _refuse_control_characters(document, file, ())
     for key in document:
         if key not in ("defaults", "hosts"):
             raise SettingsError(
                 f"{file}: unknown table {key!r}.", hint=nearest(key, ["defaults", "hosts"]).strip()
             )
     defaults = _table(document.get("defaults", {}), file, "[defaults]")
-    if "address" in defaults or "tailnet_address" in defaults:
-        raise SettingsError(
-            f"{file}: [defaults] has an address; every host has its own.", hint="Move it to [hosts.NAME]."
-        )
+    for key in ("address", "tailnet_address", "hostname", "host_key"):
+        if key in defaults:
+            raise SettingsError(
+                f"{file}: [defaults] has {key}; every host has its own.", hint="Move it to [hosts.NAME]."
+            )
     tables = _table(document.get("hosts", {}), file, "[hosts]")
     if not tables:
         raise SettingsError(f"{file}: no host in it.", hint="Add [hosts.NAME] with an address.")
@@ -301,6 +351,7 @@ def parse_fleet(text: str, *, file: Path) -> Fleet:
         for name, table in tables.items()
     }
     _refuse_shared_addresses(hosts, file)
+    _refuse_shared_names(hosts, file)
     return Fleet(file=file, hosts=hosts)
 
 
@@ -310,8 +361,43 @@ def _table(value: Any, file: Path, where: str) -> dict[str, Any]:
     return value
 
 
+def _refuse_control_characters(value: Any, file: Path, where: tuple[str, ...]) -> None:
+    """A line break in a value would become a line of its own in a file it is written to."""
+    if isinstance(value, str) and any(ord(char) < 32 or ord(char) == 127 for char in value):
+        raise SettingsError(f"{file}: {'.'.join(where)}: has a control character in it.")
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _refuse_control_characters(key, file, (*where, repr(key)))
+            _refuse_control_characters(part, file, (*where, key))
+    if isinstance(value, list):
+        for part in value:
+            _refuse_control_characters(part, file, where)
+
+
+def _anchored(values: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The same keys, relative paths made to start at the hosts file: its hosts are the same from anywhere."""
+
+    def path(text: str) -> str:
+        return text if text.startswith(("/", "~")) else str(directory / text)
+
+    def source(value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("file:") and value[5:].strip():
+            return f"file:{path(value[5:])}"
+        return value
+
+    out = dict(values)
+    if isinstance(out.get("identity_file"), str) and out["identity_file"]:
+        out["identity_file"] = path(out["identity_file"])
+    for key in ("sudo_password", "login_password", "auth_key"):
+        if key in out:
+            out[key] = source(out[key])
+    if isinstance(out.get("secrets"), dict):
+        out["secrets"] = {name: source(value) for name, value in out["secrets"].items()}
+    return out
+
+
 def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path) -> HostSettings:
-    if not _HOST_NAME.match(name):
+    if not _HOST_NAME.fullmatch(name):
         raise SettingsError(
             f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most."
         )
@@ -324,7 +410,7 @@ def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path
     if isinstance(defaults.get("secrets"), dict) and isinstance(table.get("secrets"), dict):
         merged["secrets"] = {**defaults["secrets"], **table["secrets"]}
     try:
-        return HostSettings(**merged)
+        return HostSettings(**_anchored(merged, file.absolute().parent))
     except ValidationError as error:
         # The input may be a secret pasted in the wrong place: pydantic's own text would repeat it.
         first = error.errors(include_input=False, include_url=False)[0]
@@ -336,15 +422,34 @@ def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path
 def _refuse_shared_addresses(hosts: dict[str, HostSettings], file: Path) -> None:
     seen: dict[tuple[str, int], str] = {}
     for name, host in hosts.items():
-        addresses = [(host.address.lower(), host.port)]
+        addresses = [(_canonical(host.address), host.port)]
         if host.tailnet_address:
-            addresses.append((str(ipaddress.ip_address(host.tailnet_address)), 0))
+            addresses.append((host.tailnet_address, 0))
         for address in addresses:
             if address in seen:
                 raise SettingsError(
                     f"{file}: hosts {seen[address]} and {name} have one address, {address[0]}."
                 )
             seen[address] = name
+
+
+def _refuse_shared_names(hosts: dict[str, HostSettings], file: Path) -> None:
+    seen: dict[str, str] = {}
+    for name, host in hosts.items():
+        called = host.hostname or name
+        if called in seen:
+            raise SettingsError(
+                f"{file}: hosts {seen[called]} and {name} have one name on the tailnet, {called}.",
+                hint="Give one of them another hostname.",
+            )
+        seen[called] = name
+
+
+def _canonical(address: str) -> str:
+    try:
+        return str(ipaddress.ip_address(address))
+    except ValueError:
+        return address.lower().rstrip(".")
 
 
 def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -> Path:
@@ -375,17 +480,40 @@ def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -
         )
     raise SettingsError(
         f"No {DEFAULT_FILE} here, and no lab runs.",
-        hint=f"Copy hosts.example.toml to {DEFAULT_FILE} and fill in your host, or start the lab with `make lab-up`.",
+        hint=f"Copy hosts.example.toml to {DEFAULT_FILE} and fill in your host, "
+        "or start the lab with `make lab-up`.",
     )
 
 
 def load_fleet(path: Path) -> Fleet:
     """Read a hosts file. Raises SettingsError."""
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {error}.") from error
-    return parse_fleet(text, file=path)
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not UTF-8: {error.reason}.") from error
+    return with_ssh_users(parse_fleet(text, file=path))
+
+
+def with_ssh_users(known: Fleet) -> Fleet:
+    """The same hosts, with the user of ~/.ssh/config where the file names none. Not for a lab's file.
+
+    Raises SettingsError when that user is no user name, ReachError when ~/.ssh/config cannot be read.
+    """
+    from control import sshconfig, state  # late: both build on this module
+
+    if state.is_lab_file(known.file):
+        return known
+    hosts = {}
+    for name, host in known.hosts.items():
+        user = None if "user" in host.model_fields_set else sshconfig.lookup(host.address).user
+        if user is not None and not _USER_NAME.fullmatch(user):
+            raise SettingsError(
+                f"~/.ssh/config: {user!r} is no user name quietport can log in with to {name}."
+            )
+        hosts[name] = host.model_copy(update={"user": user}) if user else host
+    return Fleet(file=known.file, hosts=hosts)
 
 
 @lru_cache(maxsize=1)

@@ -138,7 +138,7 @@ def remembered() -> list[str]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write `text` to `path` with mode 0600, by a rename: a reader sees the old or the new, nothing between."""
+    """Write `text` to `path` with mode 0600, by a rename: a reader sees the old or the new text."""
     fd, temp = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as stream:
