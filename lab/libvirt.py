@@ -37,7 +37,7 @@ KVM_WAIT_S = 15
 PANIC = b"Kernel panic - not syncing"
 
 
-# --- the daemon ---------------------------------------------------------------------------------------------
+# The daemon
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ def _start_daemon() -> Process:
     etc.mkdir(parents=True, exist_ok=True)
     (etc / "qemu.conf").write_text(QEMU_CONF)
     # Slave propagation: what the machine mounts later is seen, what is mounted here stays here.
-    over = 'mount --bind "$1" "$2" && exec libvirtd'
+    # Without control groups in sight libvirt makes none. Containers beside it, whose systemd tidies the same
+    # tree, would remove its groups between two of its steps.
+    over = 'mount --bind "$1" "$2" && { umount --recursive --lazy /sys/fs/cgroup || true; } && exec libvirtd'
     shell = ["sh", "-c", over, "sh", str(etc), str(ETC)]
     argv = ["unshare", "--mount", "--propagation", "slave", *shell]
     return spawn(argv, log=RUNTIME / "libvirtd.log")
@@ -135,8 +137,7 @@ def _write_usage(usage: Usage) -> None:
     write(RUNTIME / "usage.json", json.dumps(usage.to_json(), indent=1))
 
 
-
-# --- virsh --------------------------------------------------------------------------------------------------
+# virsh
 
 
 def virsh(*words: str | os.PathLike[str], timeout: float = 60, input: str | None = None) -> str:
@@ -149,7 +150,7 @@ def virsh_ok(*words: str | os.PathLike[str], timeout: float = 60) -> bool:
     return succeeds(["virsh", "-c", URI, "-q", *words], timeout=timeout)
 
 
-# --- the network --------------------------------------------------------------------------------------------
+# The network
 
 
 def mac_prefix(tag: str) -> str:
@@ -218,7 +219,7 @@ def info(text: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, colon, value in pairs if colon}
 
 
-# --- KVM ----------------------------------------------------------------------------------------------------
+# KVM
 
 
 def driver(kernel: Path, cache: Path) -> str:

@@ -118,11 +118,16 @@ def vagrant_env(run_: Run, subnet: Subnet, *, driver: str, boxes: Mapping[str, s
 
 
 def create(run_: Run, distro: str) -> Target:
-    """Boot a blank host and its public side. Raises LabError that says what did not come up."""
+    """Boot a blank host and its public side; one of that name that is there is taken away first.
+
+    Raises LabError that says what did not come up.
+    """
     image = box.build(distro)
     subnet = ensure_network(run_)
     driver = libvirt.driver(image.kernel, cache_root())
-    target = run_.save_target(describe(run_, distro, subnet, driver=driver))
+    target = describe(run_, distro, subnet, driver=driver)
+    destroy(run_, target)
+    run_.save_target(target)
     env = vagrant_env(run_, subnet, driver=driver, boxes={distro: image.name})
     log = run_.logs / f"{target.name}-vagrant.log"
     _storage(run_, image, distro)
@@ -172,8 +177,7 @@ def furnishing(target: Target, subnet: Subnet) -> str:
     networks = IPV6_POOL.replace(":{}::/64", "::/48")
     route = f"ip -6 route replace {networks} via {subnet.host6(1)} dev eth0"
     interface = (
-        "iface eth0 inet6 static\n"
-        f"    address {target.public_ip6}/64\n    dad-attempts 0\n    up {route}\n"
+        f"iface eth0 inet6 static\n    address {target.public_ip6}/64\n    dad-attempts 0\n    up {route}\n"
     )
     lines = [
         "set -eu",
@@ -211,6 +215,8 @@ def destroy(run_: Run, target: Target) -> None:
         env = vagrant_env(run_, subnet, driver=target.detail["driver"], boxes={})
         run(["vagrant", "destroy", "-f", target.distro], env=env, timeout=180, check=False)
     _erase(_domain(target))
+    # The disk of one whose domain was never defined; Vagrant would stumble over it.
+    libvirt.virsh_ok("vol-delete", f"{_domain(target)}.img", "--pool", directory(run_).name)
     for file in directory(run_).glob(f"{target.distro}.*"):
         file.unlink()
     run_.forget_target(target.name)
@@ -322,8 +328,9 @@ def _agent(target: Target, verb: str, arguments: Mapping[str, Any], *, timeout: 
             "qemu-agent-command", _domain(target), "--timeout", str(timeout), request, timeout=timeout + 10
         )
     except LabError as error:
-        # The request repeats what was asked, at length: the sentence is virsh's last line.
-        raise LabError(f"{target.name}: guest agent: {verb}: {error.what.splitlines()[-1]}") from None
+        # The whole command line repeats the request, at length; what went wrong comes last.
+        said = error.what.rpartition("error: ")[2]
+        raise LabError(f"{target.name}: the guest agent, asked for {verb}: {said}") from None
     return json.loads(answer)["return"]
 
 
