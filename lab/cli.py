@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true")
     verb = verbs.add_parser("demo", help="a blank host becomes private, before your eyes")
     _which(verb)
+    verbs.add_parser("e2e", help="the end-to-end tests, on every kind of target this machine can have")
+    verbs.add_parser("hosts", help="the run's hosts file, for QUIETPORT_HOSTS")
     verb = verbs.add_parser("guard", help="exit code 0 when a hosts file names a lab's targets alone")
     verb.add_argument("file", type=Path)
     verb = verbs.add_parser("carry", help="a ProxyCommand: standard input and output to a target's port")
@@ -101,6 +103,14 @@ def _act(arguments: argparse.Namespace, run_: Run) -> int:
         from lab import demo
 
         return demo.main(run_, arguments.target, arguments.distro)
+    if verb == "e2e":
+        from lab import e2e
+
+        return e2e.main()
+    if verb == "hosts":
+        hosts.guard(run_.hosts_file)
+        print(run_.hosts_file)
+        return 0
     if verb == "guard":
         hosts.guard(arguments.file)
         return 0

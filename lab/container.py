@@ -29,9 +29,12 @@ RIGHTS = (
     "--security-opt=apparmor=unconfined",
     # Else no container starts in it: runc cannot mount a /proc below one that is partly covered.
     "--security-opt=systempaths=unconfined",
+    # A daemon that remaps users would leave the target without rights over its own network.
+    "--userns=host",
     "--sysctl=net.ipv6.conf.all.disable_ipv6=0",
     "--sysctl=net.ipv6.conf.default.disable_ipv6=0",
 )
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEVICES = ("/dev/net/tun", "/dev/fuse")
 
 
@@ -132,11 +135,25 @@ def execute(
     timeout: float = 120,
     input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in the target as root, past its sshd and its firewall: what the lab itself does."""
-    stdin = ["--interactive"] if input is not None else []
-    return engine.docker(
-        "exec", *stdin, _container(target), *command, check=check, timeout=timeout, input=input
-    )
+    """Run a command in the target as root, past its sshd and its firewall: what the lab itself does.
+
+    Not `docker exec`: where cgroup v1 and v2 are mixed it fails (EBUSY) as soon as a container ran inside,
+    because it wants a process in a control group that by then hands out controllers.
+    """
+    inspect = engine.docker("inspect", "--format", "{{.State.Pid}}", _container(target), check=False)
+    pid = inspect.stdout.strip()
+    if not pid.isdigit() or pid == "0":
+        raise LabError(
+            f"{target.name} does not run.", hint="`python -m lab up` with the same target starts it."
+        )
+    enter = ["nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
+    # Nothing of this machine's environment belongs into the target.
+    clean = ["env", "--ignore-environment", f"PATH={PATH}", "HOME=/root", "LC_ALL=C.UTF-8"]
+    done = run([*enter, *clean, *command], check=False, timeout=timeout, input=input)
+    if check and done.returncode != 0:
+        said = (done.stderr or done.stdout).strip() or "no output"
+        raise LabError(f"{target.name}: {shlex.join(command)}: exit code {done.returncode}: {said}")
+    return done
 
 
 def copy_in(engine: Engine, target: Target, source: Path, destination: str) -> None:

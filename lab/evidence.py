@@ -43,8 +43,7 @@ def container_addresses(run_: Run, target: Target) -> list[str]:
     script = (
         "command -v docker >/dev/null || exit 0; docker ps --quiet | xargs --no-run-if-empty docker inspect"
     )
-    done = targets.execute(run_, target, ["sh", "-c", script], check=False)
-    return addresses_in(done.stdout)
+    return addresses_in(targets.execute(run_, target, ["sh", "-c", script]).stdout)
 
 
 def addresses_in(text: str) -> list[str]:
