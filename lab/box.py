@@ -16,6 +16,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import libvirt
 from lab.cache import cached, digest
 from lab.images import DISTROS
 from lab.images import PACKAGES as BLANK_HOST
@@ -208,11 +209,13 @@ def _point_at(box: Box, pointer: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m lab.box [DISTRO ...]`: make boxes and a key for use by hand, and say where they are."""
+    """`python -m lab.box [DISTRO ...]`: make what `vagrant up` by hand needs, and say where the boxes are."""
     for distro in (sys.argv[1:] if argv is None else argv) or ["trixie"]:
         try:
             hand_key(cache_root())
-            print(build(distro).file)
+            box = build(distro)
+            libvirt.driver(box.kernel, cache_root())
+            print(box.file)
         except LabError as error:
             print(error, file=sys.stderr)
             return 1
