@@ -182,7 +182,20 @@ def _with_password(
             line.transport.auth_password(route.user, secret.reveal().decode("utf-8", "surrogateescape"))
         if line.transport.is_authenticated():
             return LoggedIn(line, "password")
-    raise _refused(route, keys, accepts, password=password is not None)
+    raise _refused(
+        route, keys, accepts or _accepted_methods(line.transport, route), password=password is not None
+    )
+
+
+def _accepted_methods(transport: paramiko.Transport, route: Route) -> list[str]:
+    """What the server takes instead, as it says when it refuses a login without anything."""
+    try:
+        transport.auth_none(route.user)
+    except BadAuthenticationType as error:
+        return list(error.allowed_types)
+    except (paramiko.SSHException, EOFError, OSError):
+        return []
+    return ["none"]
 
 
 def _refused(route: Route, keys: login.Keys, accepts: list[str], *, password: bool = False) -> ReachError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -28,14 +29,18 @@ def keygen(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
     """Make a key pair; returns the private key's path."""
     path.unlink(missing_ok=True)
     subprocess.run(
-        ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", path.name, "-f", str(path)], check=True, timeout=60
+        ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", path.name, "-f", str(path)],
+        check=True,
+        timeout=60,
     )
     return path
 
 
 def fingerprint(public: Path) -> str:
     """What ssh-keygen -lf says of a public key: the independent word on ours."""
-    done = subprocess.run(["ssh-keygen", "-lf", str(public)], check=True, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(
+        ["ssh-keygen", "-lf", str(public)], check=True, capture_output=True, text=True, timeout=10
+    )
     return done.stdout.split()[1]
 
 
@@ -74,7 +79,12 @@ class Server:
         config = self.directory / "sshd_config"
         lines = [f"Port {self.port}", *(f"ListenAddress {address}" for address in self.addresses)]
         lines += [f"HostKey {self.host_key(kind)}" for kind in self.keys]
-        lines += [f"AuthorizedKeysFile {self.directory}/authorized_keys", "StrictModes no", "PidFile none", "UsePAM no"]
+        lines += [
+            f"AuthorizedKeysFile {self.directory}/authorized_keys",
+            "StrictModes no",
+            "PidFile none",
+            "UsePAM no",
+        ]
         lines += ["PermitRootLogin yes", "LogLevel VERBOSE", "UseDNS no", *self.options]
         config.write_text("\n".join(lines) + "\n")
         self._log.append(self.directory / f"log{len(self._log)}")
@@ -118,11 +128,13 @@ class Operator:
     def host(self, name: str = "vps1", **values: object) -> None:
         """A hosts file with one host."""
         values = {"address": "127.0.0.1", "user": "root", **values}
-        self.hosts(f"[hosts.{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items()))
+        self.hosts(
+            f"[hosts.{name}]\n" + "".join(f"{key} = {_toml(value)}\n" for key, value in values.items())
+        )
 
 
 def _toml(value: object) -> str:
-    return str(value) if isinstance(value, int) else f"'{value}'"
+    return json.dumps(value if isinstance(value, int) else str(value))
 
 
 def forget_caches() -> None:
@@ -240,7 +252,9 @@ def _person_account() -> Iterator[Person]:
     person = Person(name=f"qpt{os.getpid()}", password=f"canary-{os.urandom(8).hex()}")
     subprocess.run(["useradd", "-m", "-s", "/bin/sh", person.name], check=True, timeout=30)
     try:
-        subprocess.run(["chpasswd"], input=f"{person.name}:{person.password}\n", text=True, check=True, timeout=30)
+        subprocess.run(
+            ["chpasswd"], input=f"{person.name}:{person.password}\n", text=True, check=True, timeout=30
+        )
         yield person
     finally:
         subprocess.run(["userdel", "-r", "-f", person.name], check=False, capture_output=True, timeout=30)

@@ -78,7 +78,9 @@ def test_many_commands_at_once(session: Session) -> None:
 
 def test_pieces_are_told_as_they_come(session: Session) -> None:
     seen: list[tuple[str, float]] = []
-    session.run("echo first; sleep 1; echo last", on_output=lambda stream, _: seen.append((stream, time.monotonic())))
+    session.run(
+        "echo first; sleep 1; echo last", on_output=lambda stream, _: seen.append((stream, time.monotonic()))
+    )
     assert [stream for stream, _ in seen] == ["stdout", "stdout"]
     assert seen[1][1] - seen[0][1] > 0.5
 
@@ -120,9 +122,17 @@ def test_a_link_that_is_cut_silently_is_noticed(
 
 def test_a_link_that_is_closed_is_noticed_at_once(session: Session, server: Server) -> None:
     children = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid if server.process else 0)], capture_output=True, text=True, check=True
+        ["pgrep", "-P", str(server.process.pid if server.process else 0)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
-    threading.Timer(0.5, lambda: [os.kill(int(pid), 9) for pid in children]).start()
+
+    def hang_up() -> None:
+        for pid in children:
+            os.kill(int(pid), 9)
+
+    threading.Timer(0.5, hang_up).start()
     began = time.monotonic()
     with pytest.raises(LinkLost, match="lost"):
         session.run("sleep 60")
