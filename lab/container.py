@@ -226,11 +226,12 @@ def cgroup_flags(mode: str, distro: str) -> list[str]:
     if mode == "pure":
         # Mounted read-only for it; `first_process` makes that writable.
         return ["--cgroupns=private"]
+    if mode == "hybrid":
+        # The v2 tree alone: systemd 256 and newer refuse v1, and with v1 in sight bookworm's containers
+        # inside do not start (runc looks for their groups below the wrong root).
+        return ["--cgroupns=host", f"--volume={CGROUP}/unified:/sys/fs/cgroup:rw"]
     if distro == "bookworm":
         return ["--cgroupns=private", f"--volume={CGROUP}:/sys/fs/cgroup:rw"]
-    if mode == "hybrid":
-        # systemd 256 and newer refuse v1: it is shown the v2 tree alone.
-        return ["--cgroupns=host", f"--volume={CGROUP}/unified:/sys/fs/cgroup:rw"]
     raise LabError(
         f"{distro} needs cgroup v2, and this machine has v1 alone.", hint="Boot it with cgroup v2."
     )
