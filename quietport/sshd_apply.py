@@ -328,7 +328,9 @@ class Apply:
         with self._candidate() as main:
             done = self.host.sshd("-t", "-f", str(main))
             if done.returncode != 0:
-                raise Failed(f"sshd refuses the candidate: {_one_line(done.stderr)}")
+                # The candidate is a copy: the reader has to look at the file it is a copy of.
+                said = _one_line(done.stderr).replace(str(main.parent), "/etc/ssh")
+                raise Failed(f"sshd refuses the candidate: {said}")
             done = self.host.sshd("-T", "-f", str(main), *self._seen("root", SEEN_FROM[0]))
             told = sshd.effective_listeners(sshd.parse_effective(done.stdout))
             wanted = set(map(sshd.endpoint, self.plan.listeners))
