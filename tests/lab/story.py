@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lab import public
 from lab.state import Run, Target
 
@@ -59,8 +61,9 @@ class Done:
         return self.out + self.err
 
     def ok(self) -> Done:
-        """Itself, when it ended with 0. A failure shows the end of what it said."""
-        said = f"{self.out[-6000:]}\n{self.err[-6000:]}"
+        """Itself, when it ended with 0. A failure shows the end of what it said for people."""
+        out = "" if self.out.startswith("{") else self.out[-6000:]
+        said = f"{out}\n{self.err[-6000:]}"
         assert self.code == 0, f"{shlex.join(self.argv)}: exit code {self.code}\n{said}"
         return self
 
@@ -267,7 +270,7 @@ class Chapters:
         failed: str | None = None
         for name, act in self.steps:
             if failed is not None:
-                self.results[name].set_exception(AssertionError(f"not reached: the step {failed!r} failed"))
+                self.results[name].set_exception(LookupError(f"not reached: {failed!r} failed before"))
                 continue
             began = time.monotonic()
             try:
@@ -278,8 +281,12 @@ class Chapters:
             print(f"· {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
     def __getitem__(self, name: str) -> Any:
-        """The result of a step, waited for."""
-        return self.results[name].result(timeout=2 * CONVERGE_TIMEOUT_S)
+        """The result of a step, waited for. A step that failed, or was not reached, fails the test."""
+        try:
+            return self.results[name].result(timeout=2 * CONVERGE_TIMEOUT_S)
+        except Exception as error:
+            # Many tests wait for one step; each would print the traceback of all before it.
+            pytest.fail(f"step {name!r}: {type(error).__name__}: {error}", pytrace=False)
 
 
 # Runs in the public side's namespace: tries every address until told to stop, prints each that opens.

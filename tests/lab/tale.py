@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from lab.aptrepo import AptRepo
 from tests.lab.published import Published, publish
 from tests.lab.story import (
     SECRET_PATH,
@@ -43,6 +44,8 @@ class Tale:
         with ThreadPoolExecutor() as pool:
             self.names = sorted(pool.map(lambda w: self.lab.up(kind=w[0], distro=w[1]), self.wanted))
         # Both sources of Docker in one run: Debian 12 takes Docker's own repository, for compose 2.
+        if "c12" in self.names:
+            AptRepo.attach(self.lab.run.directory).publish_docker()
         bookworm = {"c12": {"docker_source": "docker"}}
         every = {"secrets": {SECRET_PATH: f"env:{SECRET_VARIABLE}"}}
         self.hosts = Hosts.of(self.lab, "story", every=every, **bookworm)
@@ -92,6 +95,8 @@ def tell(word: str, wanted: Sequence[tuple[str, str]]) -> Tale:
             ("blank", tale.public_side),
             ("dry", lambda: tale.hosts.dry("--diff")),
             ("apply", lambda: tale.hosts.apply()),
+            # What comes later makes no sense on a host that is half converged.
+            ("applied", lambda: tale.chapters.results["apply"].result().ok()),
             ("closed", tale.public_side),
             ("spec", lambda: tale.hosts.spec()),
             ("again", lambda: tale.hosts.apply()),

@@ -153,6 +153,7 @@ def test_a_file_that_breaks_sshd_puts_everything_back(blank: Blank) -> None:
     done = converge(hosts)
     assert done.code != 0
     assert BROKEN in done.text
+    assert "nothing was changed" in done.text
     assert hosts.ssh(blank[1], "sha256sum /etc/ssh/sshd_config /etc/ssh/sshd_config.d/*").ok().out == before
     assert "0.0.0.0:22" in hosts.ssh(blank[1], "ss -Hlnt 'sport = :22'").ok().out
     hosts.ssh(blank[1], f"rm {BROKEN}").ok()

@@ -80,7 +80,7 @@ class Server:
         lines = [f"Port {self.port}", *(f"ListenAddress {address}" for address in self.addresses)]
         lines += [f"HostKey {self.host_key(kind)}" for kind in self.keys]
         lines += [
-            f"AuthorizedKeysFile {self.directory}/authorized_keys",
+            f"AuthorizedKeysFile {self.directory}/authorized_keys .ssh/authorized_keys",
             "StrictModes no",
             "PidFile none",
             "UsePAM no",
@@ -261,8 +261,12 @@ def _person_account() -> Iterator[Person]:
 
 
 @pytest.fixture
-def person(_person_account: Person, monkeypatch: pytest.MonkeyPatch) -> Iterator[Person]:
-    """A user who may use sudo with the password. QPT_PASSWORD in the environment is the right one."""
+def person(_person_account: Person, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Person]:
+    """A user who may log in with the operator's key, and use sudo with the password, QPT_PASSWORD."""
+    # sshd reads it as the user, who cannot look into the test's own directory.
+    ssh = Path(f"/home/{_person_account.name}/.ssh")
+    ssh.mkdir(exist_ok=True)
+    (ssh / "authorized_keys").write_text(operator.key.with_suffix(".pub").read_text())
     rule = Path("/etc/sudoers.d") / _person_account.name
     rule.write_text(f"{_person_account.name} ALL=(ALL:ALL) ALL\n")
     rule.chmod(0o440)

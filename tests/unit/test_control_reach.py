@@ -290,7 +290,7 @@ def test_an_agent_that_is_gone_is_no_error(
 def test_a_password_only_where_it_is_allowed(
     operator: Operator, server: Server, person: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (server.directory / "authorized_keys").write_text("")
+    operator.key.rename(operator.home / "not-offered")
     operator.host(port=server.port, user=person.name, login_password="env:QPT_PASSWORD")
     assert opened().auth == "password"
     with pytest.raises(ReachError, match="refused the login"):
