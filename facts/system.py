@@ -25,7 +25,7 @@ _LOCKS = (
     'awk -v inode="$inode" \'$2 != "->" { n = split($6, place, ":"); if (place[n] == inode) print $5 }\' '
     "/proc/locks | sort -un | while read -r pid; do "
     'for fd in /proc/"$pid"/fd/*; do [ "$(readlink "$fd")" = "$lock" ] || continue; '
-    'printf "%s %s %s\\n" "$lock" "$pid" "$(tr "\\n" "?" < /proc/"$pid"/comm)"; break; done; done; done; true'
+    'printf "%s %s %s\\n" "$lock" "$pid" "$(printf %s "$(cat /proc/"$pid"/comm)" | tr "\\n" "?")"; break; done; done; done; true'
 )
 # Only whole names made of digits count as an interrupted dpkg (apt's CheckUpdates).
 _INTERRUPTED = (
@@ -61,7 +61,7 @@ class System(FactBase[dict[str, Any]]):
             result="test ! -e /run/cloud-init/result.json || cat /run/cloud-init/result.json",
             locks=_LOCKS,
             interrupted=_INTERRUPTED,
-            ipv6="test -s /proc/net/if_inet6 && cat /proc/sys/net/ipv6/conf/all/disable_ipv6",
+            ipv6="grep -q . /proc/net/if_inet6",
             container="systemd-detect-virt --container",
             python="python3 -I -c 'import sys; print(sys.version.split()[0])'",
         )
@@ -102,7 +102,7 @@ class System(FactBase[dict[str, Any]]):
             "cloud_init_errors": _cloud_init_errors(parts["result"].text),
             "apt_locks": _locks(parts["locks"]),
             "dpkg_interrupted": bool(parts["interrupted"].text.strip()),
-            "ipv6": parts["ipv6"].code == 0 and parts["ipv6"].text.strip() == "0",
+            "ipv6": parts["ipv6"].code == 0,
             "container": parts["container"].code == 0,
             "python": parts["python"].text.strip() or None,
         }
@@ -134,5 +134,5 @@ def _locks(section: Section) -> list[dict[str, Any]]:
     found = []
     for line in section.text.splitlines():
         path, pid, process = line.split(" ", 2)
-        found.append({"path": path, "pid": int(pid), "process": process.rstrip("?")})
+        found.append({"path": path, "pid": int(pid), "process": process})
     return found

@@ -6,6 +6,7 @@ import ipaddress
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from quietport.errors import HostProgramError
@@ -31,6 +32,7 @@ class Interfaces:
     kinds: Mapping[str, str] = field(default_factory=dict)
 
 
+@lru_cache(maxsize=1024)
 def parse_address(text: str) -> Address:
     """The address in `text`, a v4-mapped one as the IPv4 address it is. Raises ValueError."""
     address = ipaddress.ip_address(text)

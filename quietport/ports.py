@@ -88,7 +88,10 @@ _USERS = re.compile(r"users:\((?P<entries>\(.*\))\)", re.DOTALL)
 # The kernel keeps 15 bytes of a name. With that limit the longest match is the right one even for a name
 # that imitates ss's own syntax, such as `",pid=1,fd=3),(`: what follows a true name is longer than 15.
 _USER = re.compile(r'\("(?P<name>.{0,15})",pid=(?P<pid>\d{1,10}),fd=\d+\)(?:,|\Z)', re.DOTALL)
-_ZONE = re.compile(r"[^\s/\[\]]{1,15}")
+_LOCAL = re.compile(
+    r"(?:\[(?P<six>[0-9A-Fa-f:.]+)(?:%(?P<inner>[^\s/\[\]]{1,15}))?\]|(?P<four>\*|[0-9.]+))"
+    r"(?:%(?P<outer>[^\s/\[\]]{1,15}))?"
+)
 _STATES = {"LISTEN": "tcp", "UNCONN": "udp"}
 
 
@@ -106,8 +109,9 @@ def parse_ss(text: str) -> list[Listener]:
     before = body[: rows[0].start()] if rows else body
     if before.strip() or not (rows or header):
         raise _not_understood(before)
-    ends = [row.start() for row in rows[1:]] + [len(body)]
-    return [_listener(row, body[row.end() : end]) for row, end in zip(rows, ends, strict=True)]
+    ends = [*(row.start() for row in rows[1:]), len(body)]
+    # Not strict: without rows there is still an end.
+    return [_listener(row, body[row.end() : end]) for row, end in zip(rows, ends, strict=False)]
 
 
 def _not_understood(text: str) -> HostProgramError:
@@ -132,15 +136,16 @@ def _listener(row: re.Match[str], tail: str) -> Listener:
 
 def _local_address(text: str) -> tuple[str, str]:
     """Address and zone of `[fe80::1]%eth0`, `[fe80::1%eth0]`, `0.0.0.0%eth0`, `*` and the like."""
-    bare, _, zone = text.replace("[", "", 1).replace("]", "", 1).partition("%")
-    if (zone and not _ZONE.fullmatch(zone)) or text.endswith("%") or ("[" in text) != (":" in bare):
+    found = _LOCAL.fullmatch(text)
+    if found is None:
         raise _not_understood(text)
-    if bare != "*":
+    address = found["six"] or found["four"]
+    if address != "*":
         try:
-            parse_address(bare)
+            parse_address(address)
         except ValueError:
             raise _not_understood(text) from None
-    return bare, zone
+    return address, found["inner"] or found["outer"] or ""
 
 
 def _processes(tail: str) -> tuple[Process, ...]:
@@ -243,11 +248,13 @@ def _excused(listener: Listener, process: Process, programs: Mapping[int, Progra
     if programs is None:
         return process.name == "tailscaled" or (dhcp and process.name in _DHCP_NAMES)
     program = programs.get(process.pid, Program())
-    if program == _TAILSCALED:
+    # An upgrade replaces the file before it restarts the service.
+    executable = program.executable.removesuffix(" (deleted)")
+    if Program(unit=program.unit, executable=executable) == _TAILSCALED:
         return True
     # A container has a root of its own, in which any path can be any program.
     contained = program.unit == "" or program.unit.startswith(("docker-", "libpod-", "cri-containerd-"))
-    return dhcp and not contained and program.executable in _DHCP_EXECUTABLES
+    return dhcp and not contained and executable in _DHCP_EXECUTABLES
 
 
 def _hint(listener: Listener, unit: str) -> str:

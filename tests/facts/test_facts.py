@@ -1,0 +1,159 @@
+"""One fixture per path of every fact, and the commands themselves in a shell that finds no program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyinfra.api.exceptions import FactProcessError
+from pyinfra.api.facts import FactBase
+from pyinfra_testing.facts import make_fact_tests
+
+from facts import docker, files, packages, shell, sockets, sshd, system, tailnet, ufw, units
+
+FIXTURES = Path(__file__).parent
+# Facts of this folder; others keep their tests with their operations.
+COMMANDS: list[tuple[FactBase[Any], tuple[Any, ...]]] = [
+    (docker.Docker(), ()),
+    (docker.PublishedPorts(), ()),
+    (files.FileState(), ("/nowhere/it's",)),
+    (files.FileText(), ("/nowhere/it's",)),
+    (packages.Packages(), (["ufw", "docker.io"],)),
+    (sshd.SshdEffective(), ("root", "198.51.100.1")),
+    (sshd.SshdFiles(), ()),
+    (sshd.SshdProcess(), ()),
+    (system.System(), ()),
+    (tailnet.Tailnet(), ()),
+    (ufw.Ufw(), ()),
+    (units.Units(), (["ssh.service", "ssh@.socket"],)),
+]
+
+for _folder in sorted(FIXTURES.glob("*.*/")):
+    if _folder.is_dir():
+        globals()[f"Test_{_folder.name}"] = make_fact_tests("facts", _folder.name, _folder)
+
+
+def test_every_fact_has_fixtures() -> None:
+    covered = {folder.name for folder in FIXTURES.glob("*.*/") if folder.is_dir()}
+    expected = {fact.name.removeprefix("facts.") for fact, _ in COMMANDS} | {"sockets.ListeningSockets"}
+    assert expected <= covered
+
+
+@pytest.mark.parametrize(("fact", "arguments"), COMMANDS, ids=lambda value: getattr(value, "name", ""))
+def test_a_host_without_the_programs_gets_the_fact_as_a_value(
+    fact: Any, arguments: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """The shell finds sed and nothing else: no fact fails, and none is None but an absent file's text."""
+    (tmp_path / "sed").symlink_to("/bin/sed")
+    done = subprocess.run(
+        ["/bin/sh", "-c", fact.command(*arguments)],
+        capture_output=True,
+        env={"PATH": str(tmp_path)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    value = fact.process(done.stdout.decode().split("\n")[:-1])
+    json.dumps(value)
+    assert (value is None) == isinstance(fact, files.FileText)
+
+
+@pytest.mark.parametrize(("fact", "arguments"), COMMANDS, ids=lambda value: getattr(value, "name", ""))
+def test_the_value_for_a_failed_host_has_the_shape_of_a_real_one(
+    fact: Any, arguments: tuple[Any, ...]
+) -> None:
+    """pyinfra hands out default() when a command failed; a crash over it would stop all hosts."""
+    default = fact.default()
+    if isinstance(fact, files.FileText):
+        assert default is None
+        return
+    done = subprocess.run(["/bin/sh", "-c", fact.command(*arguments)], capture_output=True, check=True)
+    value = fact.process(done.stdout.decode(errors="replace").split("\n")[:-1])
+    assert type(default) is type(value)
+    if isinstance(value, dict) and not isinstance(fact, sshd.SshdEffective | sshd.SshdFiles) and default:
+        assert set(default) == set(value)
+
+
+def test_sockets_that_could_not_be_read_are_not_a_quiet_host() -> None:
+    output = ["##sockets", "|", "|127"] + [
+        line
+        for name in ("addresses", "routes4", "routes6", "programs")
+        for line in (f"##{name}", "|[]", "|0")
+    ]
+    with pytest.raises(FactProcessError, match="iproute2"):
+        sockets.ListeningSockets().process(output)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no newline", "a newline\n", "\n\nblank lines\n\n", "##sockets\n|0\n", "tab\tand \x1b[1m\n"]
+)
+@pytest.mark.parametrize("code", [0, 1, 255])
+def test_sections_carry_text_and_code_unchanged(text: str, code: int) -> None:
+    command = shell.sections(first=f"printf %s {shell.quoted([text])}; exit {code}", second="echo 'more'")
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
+    parts = shell.split(done.stdout.decode().split("\n")[:-1], "first", "second")
+    assert parts["first"] == shell.Section(text, code)
+    assert parts["second"] == shell.Section("more\n", 0)
+
+
+def test_noise_before_the_first_section_is_ignored() -> None:
+    assert shell.split(["Welcome!", "|0", "##a", "|x", "|0"], "a")["a"] == shell.Section("x", 0)
+
+
+@pytest.mark.parametrize("output", [[], ["##a"], ["##a", "|text"], ["##b", "|0"]])
+def test_an_answer_that_was_cut_off_fails_the_host(output: list[str]) -> None:
+    with pytest.raises(FactProcessError, match="'a'"):
+        shell.split(output, "a")
+
+
+def test_a_process_cannot_write_a_program_into_the_answer(tmp_path: Path) -> None:
+    text = (
+        "0::/init.scope\npid 7\n0::/user.slice/session-1.scope\nexe /home/a/x?pid 8?exe /usr/sbin/tailscaled"
+    )
+    assert set(sockets.parse_programs(text)) == {7}
+
+
+def test_a_file_that_is_there_but_cannot_be_read_is_not_absent() -> None:
+    with pytest.raises(FactProcessError):
+        files.FileText().process(["##present", "|", "|0", "##text", "|", "|1"])
+    with pytest.raises(FactProcessError):
+        files.FileState().process(
+            ["##stat", "|", "|1", "##present", "|", "|0", "##sha256", "|", "|1", "##target", "|", "|1"]
+        )
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "it's", "$(touch x)", "-n", "new\nline"])
+def test_file_facts_take_any_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"secret\xff\n")
+    path.chmod(0o4640)
+    for fact, expected in ((files.FileState(), "file"), (files.FileText(), "secret\ufffd\n")):
+        done = subprocess.run(
+            ["/bin/sh", "-c", fact.command(str(path))], capture_output=True, check=True, cwd=tmp_path
+        )
+        value = fact.process(done.stdout.decode().split("\n")[:-1])
+        assert (value if isinstance(value, str) else value["kind"]) == expected
+        if isinstance(value, dict):
+            assert (value["mode"], value["size"]) == ("4640", 8)
+    assert not (tmp_path / "x").exists()
+
+
+def test_apt_locks_name_their_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real lock, held by this process, and a second file nobody locks."""
+    import fcntl
+    import os
+
+    held, free = tmp_path / "held", tmp_path / "free"
+    held.touch()
+    free.touch()
+    command = system.System().command()
+    for wanted, path in zip(system.APT_LOCKS, (held, free, free, free), strict=True):
+        command = command.replace(f" {wanted};", f" {path};").replace(f" {wanted} ", f" {path} ")
+    with held.open("w") as stream:
+        fcntl.lockf(stream, fcntl.LOCK_EX)
+        done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, check=True)
+    comm = Path("/proc/self/comm").read_text().strip()
+    locks = system.System().process(done.stdout.decode().split("\n")[:-1])["apt_locks"]
+    assert locks == [{"path": str(held), "pid": os.getpid(), "process": comm}]
