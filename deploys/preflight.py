@@ -74,7 +74,7 @@ def possible(settings: HostSettings) -> Commands:
     """The host can be converged as declared; refused with every reason at once otherwise."""
     problems = [*system_problems(host.get_fact(System))]
     if not host.get_fact(SshdFiles).get(MAIN):
-        problems.append(f"there is no {MAIN}: the host is not reached through OpenSSH. Install openssh-server.")
+        problems.append(f"there is no {MAIN}: this is not OpenSSH. Install openssh-server.")
     problems += key_problems(host.get_fact(Tailnet), settings, name=host.name)
     problems += secret_problems(settings, name=host.name)
     if settings.docker_source != "none":

@@ -8,17 +8,17 @@ cut it. `fenced` is the one place every risky command passes through.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import click
-from control.proof import prove
 from pyinfra import logger
 from pyinfra.api.command import FunctionCommand, PyinfraCommand
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
+from control.proof import prove
 from control.settings import settings_for
 from facts.tailnet import Tailnet
 from operations import tailnet
@@ -84,21 +84,22 @@ def _pass_gate(state: State, host: Host) -> bool:
 
 
 def _shut(host: Host) -> Refusal | None:
-    settings = settings_for(host.name)
-    reason = tailnet.blocking_reason(host.get_fact(Tailnet), settings)
+    state = host.get_fact(Tailnet)
+    reason = tailnet.blocking_reason(state, settings_for(host.name))
     if reason is not None:
         return Refusal(reason)
     proved_at = _proved.get(host.name)
     fresh = proved_at is not None and time.monotonic() - proved_at < PROOF_LASTS_S
-    return None if fresh and reached_by(host) == "tailnet" else _prove(host)
+    return None if fresh and reached_by(host) == "tailnet" else _prove(host, state["addresses"])
 
 
-def _prove(host: Host) -> Refusal | None:
-    proof = prove(host.name)
+def _prove(host: Host, addresses: Sequence[str]) -> Refusal | None:
+    proof = prove(host.name, addresses=addresses)
+    sentence = proof.sentence.removeprefix(f"{host.name}: ")
     if not proof.ok or proof.session is None:
-        return Refusal(proof.sentence)
+        return Refusal(sentence)
     host.connector.switch(proof.session)  # type: ignore[attr-defined]
     _proved[host.name] = time.monotonic()
-    logger.info(f"{host.print_prefix}{proof.sentence}")
+    logger.info(f"{host.print_prefix}{sentence}")
     return None
 

@@ -27,7 +27,6 @@ PORT = 22
 WAS = "# quietport: was: "
 ADDED = "# quietport: added: "
 _INCLUDE_OURS = f"Include {DROP_IN}"
-MAX_INCLUDE_DEPTH = 16  # SERVCONF_MAX_DEPTH in servconf.c
 
 # Every line of these counts, wherever it stands: a later `ListenAddress 0.0.0.0` stays active beside ours.
 ACCUMULATING = frozenset({"listenaddress", "port"})
@@ -123,19 +122,24 @@ def included(pattern: str, paths: Iterable[str]) -> list[str]:
 
 
 def reading_order(files: Mapping[str, str]) -> Iterator[Line]:
-    """Every line in the order sshd reads them from the main file, with Include followed into `files`."""
-    yield from _read(MAIN, files, scope="", depth=0)
+    """Every line in the order sshd reads them from the main file, with Include followed into `files`.
+
+    What is read a second time in the same kind of scope adds nothing, and is left out; so is a file that
+    includes itself, which sshd refuses anyway.
+    """
+    yield from _read(MAIN, files, scope="", seen=set())
 
 
-def _read(path: str, files: Mapping[str, str], *, scope: str, depth: int) -> Iterator[Line]:
-    if depth > MAX_INCLUDE_DEPTH:
+def _read(path: str, files: Mapping[str, str], *, scope: str, seen: set[tuple[str, bool]]) -> Iterator[Line]:
+    if (path, bool(scope)) in seen:
         return
+    seen.add((path, bool(scope)))
     for line in parse(path, files.get(path, ""), scope=scope):
         yield line
         if line.keyword == "include":
             for pattern in line.args:
                 for name in included(pattern, files):
-                    yield from _read(name, files, scope=line.scope, depth=depth + 1)
+                    yield from _read(name, files, scope=line.scope, seen=seen)
 
 
 def allows_password(line: Line) -> bool:
