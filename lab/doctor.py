@@ -101,7 +101,7 @@ def _runs() -> list[Finding]:
         except LabError as error:
             findings.append(Finding(False, str(error), f"rm -r {Path(lab_root()) / run_.id}"))
         else:
-            if not run_.hosts_file.is_file():
+            if not run_.hosts_file.is_file() and not run_.busy:
                 what = f"lab run {run_.id!r} began and did not come up"
                 findings.append(Finding(False, what, f"python -m lab --run {run_.id} down"))
     return findings

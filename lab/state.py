@@ -200,6 +200,16 @@ class Run:
         """Hold the run's lock of that name: `run` while targets come and go."""
         return locked(self.directory / f".{name}.lock")
 
+    @property
+    def busy(self) -> bool:
+        """Whether some process is bringing targets of the run up or down just now."""
+        with (self.directory / ".run.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
     def remove(self) -> None:
         """Delete the run's directory; the last act of `down`."""
         shutil.rmtree(self.directory, ignore_errors=True)
