@@ -264,9 +264,9 @@ class AptRepo:
             (binary / "Packages").write_text(index)
             # A fixed time: the same packages give the same bytes.
             (binary / "Packages.gz").write_bytes(gzip.compress(index.encode(), mtime=0))
-            options = release_options(layout, codename, debs.architecture(), valid_until)
+            options = release_options(layout, codename, debs.architecture())
             text = run(["apt-ftparchive", *options, "release", "."], cwd=new, timeout=60).stdout
-            (new / "Release").write_text(text)
+            (new / "Release").write_text(with_last_day(text, valid_until))
             self._sign(layout, new)
             place = root / "dists" / codename
             place.parent.mkdir(exist_ok=True)
@@ -310,17 +310,21 @@ class AptRepo:
         return found
 
 
-def release_options(
-    layout: Layout, codename: str, arch: str, valid_until: datetime.datetime | None
-) -> list[str]:
+def release_options(layout: Layout, codename: str, arch: str) -> list[str]:
     """Options of apt-ftparchive(1) that give a Release file the fields of upstream's."""
     fields = {key: value.format(codename=codename) for key, value in layout.release.items()}
     fields |= {"Architectures": arch, "Components": layout.component}
-    if valid_until is not None:
-        fields["Valid-Until"] = valid_until.astimezone(datetime.UTC).strftime("%a, %d %b %Y %H:%M:%S UTC")
     return [
         word for key, value in fields.items() for word in ("-o", f"APT::FTPArchive::Release::{key}={value}")
     ]
+
+
+def with_last_day(release: str, last: datetime.datetime | None) -> str:
+    """A Release file's text with the moment it expires; apt-ftparchive has no option for one."""
+    if last is None:
+        return release
+    moment = last.astimezone(datetime.UTC).strftime("%a, %d %b %Y %H:%M:%S UTC")
+    return f"Valid-Until: {moment}\n{release}"
 
 
 def fingerprint(colons: str) -> str:

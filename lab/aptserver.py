@@ -47,6 +47,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if kind == "hang":
             time.sleep(HANG_S)
             return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        if kind == "corrupt":
+            # "Not modified" would have no content to be wrong.
+            del self.headers["If-Modified-Since"]
         answer = super().send_head()
         return Corrupt(answer) if kind == "corrupt" and answer is not None else answer
 

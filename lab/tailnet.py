@@ -300,6 +300,8 @@ class Tailnet:
                 with step(f"headscale at {self.login_server}"):
                     record = self._start_headscale(tools, record)
             self._ensure_user()
+            if record.service is not None:
+                ensure_namespace(record.service)
             if record.control is None or not alive(record.control):
                 with step("control node on the tailnet"):
                     self._start_control(tools, record)
@@ -448,7 +450,7 @@ class Tailnet:
     def _start_control(self, tools: toolchain.Tools, record: Record) -> None:
         log = self.logs / "control-node.log"
         # `ip` becomes tailscaled: the process id stays the same.
-        inside = ["ip", "netns", "exec", ensure_namespace(record.service)] if record.service else []
+        inside = ["ip", "netns", "exec", namespace_name(record.service)] if record.service else []
         command = [
             *inside,
             str(tools.tailscaled),

@@ -365,7 +365,7 @@ def test_no_docker_packages_for_another_release(tmp_path: Path) -> None:
 
 
 def test_release_fields_are_upstreams() -> None:
-    words = aptrepo.release_options(aptrepo.TAILSCALE, "trixie", "amd64", None)
+    words = aptrepo.release_options(aptrepo.TAILSCALE, "trixie", "amd64")
     fields = {word.partition("Release::")[2] for word in words[1::2]}
     assert set(words[::2]) == {"-o"}
     assert fields == {
@@ -375,12 +375,15 @@ def test_release_fields_are_upstreams() -> None:
         "Architectures=amd64",
         "Components=main",
     }
-    docker = " ".join(aptrepo.release_options(aptrepo.DOCKER, "bookworm", "amd64", None))
+    docker = " ".join(aptrepo.release_options(aptrepo.DOCKER, "bookworm", "amd64"))
     assert "Release::Suite=bookworm" in docker
-    assert "Valid-Until" not in docker
-    expired = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
-    limited = aptrepo.release_options(aptrepo.DOCKER, "bookworm", "amd64", expired)
-    assert limited[-1] == "APT::FTPArchive::Release::Valid-Until=Thu, 02 Jan 2020 03:04:05 UTC"
+
+
+def test_only_a_repository_that_is_to_expire_says_so() -> None:
+    text = "Origin: Docker\nDate: Sat, 21 Nov 2026 07:11:41 +0000\n"
+    assert aptrepo.with_last_day(text, None) == text
+    last = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    assert aptrepo.with_last_day(text, last) == f"Valid-Until: Thu, 02 Jan 2020 03:04:05 UTC\n{text}"
 
 
 def test_keys_are_where_upstream_has_them(tmp_path: Path) -> None:
@@ -434,9 +437,10 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Path, Path]]:
         server.shutdown()
 
 
-def fetch(url: str, method: str = "GET") -> tuple[int, bytes]:
+def fetch(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, bytes]:
     try:
-        request = urllib.request.Request(url, method=method)  # noqa: S310, the fixture's server on loopback
+        # The fixture's server, on loopback.
+        request = urllib.request.Request(url, method=method, headers=headers or {})  # noqa: S310
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
@@ -468,3 +472,8 @@ def test_a_corrupt_file_has_the_right_length(site: tuple[str, Path, Path]) -> No
     assert status == 200
     assert len(content) == len(b"signed")
     assert content != b"signed"
+    # apt asks like this for what it has already.
+    later = {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}
+    assert fetch(f"{url}/dists/InRelease", headers=later)[0] == 200
+    faults.unlink()
+    assert fetch(f"{url}/dists/InRelease", headers=later)[0] == 304
