@@ -25,7 +25,8 @@ _LOCKS = (
     'awk -v inode="$inode" \'$2 != "->" { n = split($6, place, ":"); if (place[n] == inode) print $5 }\' '
     "/proc/locks | sort -un | while read -r pid; do "
     'for fd in /proc/"$pid"/fd/*; do [ "$(readlink "$fd")" = "$lock" ] || continue; '
-    'printf "%s %s %s\\n" "$lock" "$pid" "$(printf %s "$(cat /proc/"$pid"/comm)" | tr "\\n" "?")"; break; done; done; done; true'
+    'printf "%s %s %s\\n" "$lock" "$pid" "$(printf %s "$(cat /proc/"$pid"/comm)" | tr "\\n" "?")"; '
+    "break; done; done; done; true"
 )
 # Only whole names made of digits count as an interrupted dpkg (apt's CheckUpdates).
 _INTERRUPTED = (

@@ -41,13 +41,16 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES, trusted: bool = True) 
         # O_NONBLOCK: a FIFO would hang a reader that runs as root.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = _open(path.name, flags, directory, path)
-    with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise HostFileError(f"{path} is not a regular file.")
         if trusted:
             _check_owner(status, path)
-        content = stream.read(max_bytes + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            content = stream.read(max_bytes + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > max_bytes:
         raise HostFileError(f"{path} is larger than {max_bytes} bytes.")
     return content

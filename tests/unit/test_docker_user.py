@@ -1,0 +1,292 @@
+"""The chains that keep the public side away from containers: their text, and packets in namespaces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quietport import docker_user
+from quietport.cli import main
+from quietport.commands import Done
+from quietport.docker_user import PLACES, backend_of, foreign_rules, problems, restore_text, rules
+from quietport.errors import HostProgramError
+
+ROOT = Path(__file__).parents[2]
+MANGLE, FILTER = PLACES
+
+
+def listing(chain_rules: list[str], forward: list[str]) -> str:
+    return "\n".join(["-P FORWARD ACCEPT", "-N DOCKER-USER", *forward, *chain_rules]) + "\n"
+
+
+GOOD = rules("DOCKER-USER")
+JUMP = "-A FORWARD -j DOCKER-USER"
+
+
+@pytest.mark.parametrize(
+    ("chain", "forward", "expected"),
+    [
+        (GOOD, [JUMP], 0),
+        ([*GOOD, "-A DOCKER-USER -j RETURN"], [JUMP, "-A FORWARD -o docker0 -j DOCKER"], 0),
+        (GOOD, ["-A FORWARD -j ts-forward", JUMP], 0),
+        ([], [], 2),
+        ([], [JUMP], 1),
+        (GOOD, [], 1),
+        (GOOD, ["-A FORWARD -o docker0 -j DOCKER", JUMP], 1),
+        (GOOD, ["-A FORWARD -j ufw-before-forward", JUMP], 1),
+        (GOOD[:-1], [JUMP], 1),
+        (["-A DOCKER-USER -s 192.0.2.1/32 -j ACCEPT", *GOOD], [JUMP], 2),
+        ([*GOOD, *GOOD], [JUMP], 1),
+        ([GOOD[0], GOOD[4]], [JUMP], 1),
+    ],
+)
+def test_what_is_not_as_wanted_is_seen(chain: list[str], forward: list[str], expected: int) -> None:
+    assert len(problems(FILTER, listing(chain, forward))) == expected
+
+
+def test_replies_come_first_and_the_rest_is_dropped() -> None:
+    assert "RELATED,ESTABLISHED" in GOOD[0]
+    assert GOOD[0].endswith("-j RETURN")
+    assert GOOD[-1] == "-A DOCKER-USER -m comment --comment quietport -j DROP"
+    assert not any(" -s " in rule for rule in GOOD)
+
+
+def test_rules_of_others_stay_behind_ours_and_are_named() -> None:
+    theirs = '-A DOCKER-USER -s 192.0.2.1/32 -m comment --comment "not quietport at all" -j ACCEPT'
+    text = listing([theirs, *GOOD, "-A DOCKER-USER -j RETURN"], [])
+    assert foreign_rules(FILTER, text) == [theirs]
+    lines = restore_text(FILTER, text).splitlines()
+    assert lines.index(theirs) > lines.index(GOOD[-1])
+    assert lines.count(GOOD[0]) == 1
+
+
+def test_a_jump_that_is_not_first_is_moved_in_the_same_commit() -> None:
+    lines = restore_text(FILTER, listing(GOOD, ["-A FORWARD -j DOCKER-FORWARD", JUMP])).splitlines()
+    assert lines[-3:] == ["-D FORWARD -j DOCKER-USER", "-I FORWARD 1 -j DOCKER-USER", "COMMIT"]
+    assert lines.count("COMMIT") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "backend"),
+    [
+        ("", "", "iptables"),
+        ("{}", "dockerd -H fd://", "iptables"),
+        ('{"iptables": true, "ip6tables": false}', "", "iptables"),
+        ('{"iptables": false}', "", "none"),
+        ("", "dockerd --iptables=false", "none"),
+        ('{"firewall-backend": "nftables"}', "", "nftables"),
+        ("", "dockerd --firewall-backend nftables", "nftables"),
+        ("", "dockerd --firewall-backend=nftables", "nftables"),
+        ('{"firewall-backend": "iptables"}', "", "iptables"),
+    ],
+)
+def test_backend(config: str, flags: str, backend: str) -> None:
+    assert backend_of(config, flags) == backend
+    assert bool(docker_user.refusal(backend)) == (backend != "iptables")
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "null", "\x00"])
+def test_a_configuration_that_cannot_be_read_is_not_taken_for_iptables(config: str) -> None:
+    with pytest.raises(HostProgramError):
+        backend_of(config)
+
+
+def test_refusal_changes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(docker_user, "_daemon_json", lambda: '{"iptables": false}')
+    monkeypatch.setattr(docker_user, "_command_line", lambda: "")
+    monkeypatch.setattr(docker_user, "_settle", lambda *_: pytest.fail("rules were touched"))
+    assert main(["docker-user"]) == 1
+    assert "iptables" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_changed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def refuse(argv: list[str], *, stdin: str = "", timeout: float = 30) -> Done:
+        tried.append(stdin)
+        return Done(code=1, out="", err="iptables-restore: line 9 failed\n")
+
+    monkeypatch.setattr(docker_user, "run", refuse)
+    monkeypatch.setattr(docker_user, "output_of", lambda argv: "-P FORWARD ACCEPT\n")
+    (first, _) = docker_user._settle("iptables", FILTER, False)
+    assert len(tried) == docker_user.ATTEMPTS
+    assert "line 9 failed" in first
+
+
+# --- packets --------------------------------------------------------------------------------------
+
+_MISSING = [name for name in ("iptables", "ip6tables", "ip", "unshare") if shutil.which(name) is None]
+needs_namespaces = pytest.mark.skipif(
+    (os.geteuid() != 0 or bool(_MISSING)) and os.environ.get("CI") != "true",
+    reason=f"network namespaces need root and iptables, iproute2, util-linux (missing: {_MISSING or 'root'})",
+)
+
+# A host between the public side, the tailnet, and a container on docker0. The tailnet and the public side are
+# namespaces behind a veth; the container's port is reached at its own address, as a neighbour that routes
+# there does, and as Docker's DNAT leaves it when a packet gets to FORWARD.
+_WORLD = """
+set -e
+mount -t tmpfs none /run
+mount -t tmpfs none /etc/docker 2>/dev/null || true
+ip link set lo up
+ip link add docker0 type bridge
+ip addr add 172.30.0.1/24 dev docker0
+ip -6 addr add fd30::1/64 dev docker0 nodad
+ip link set docker0 up
+echo 1 > /proc/sys/net/ipv4/ip_forward
+echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
+place() {
+  ip netns add "$1"
+  ip link add "$2" type veth peer name eth0 netns "$1"
+  ip -n "$1" link set lo up
+  ip -n "$1" link set eth0 up
+  ip -n "$1" addr add "$3.2/24" dev eth0
+  ip -n "$1" -6 addr add "$4::2/64" dev eth0 nodad
+  ip -n "$1" route add default via "$3.1"
+  ip -n "$1" -6 route add default via "$4::1"
+  ip link set "$2" up
+}
+place public eth9 172.31.0 fd31
+ip addr add 172.31.0.1/24 dev eth9; ip -6 addr add fd31::1/64 dev eth9 nodad
+place tailnet tailscale0 172.32.0 fd32
+ip addr add 172.32.0.1/24 dev tailscale0; ip -6 addr add fd32::1/64 dev tailscale0 nodad
+place container vethc 172.30.0 fd30
+ip link set vethc master docker0
+"""
+_SERVE = """
+import socket, sys
+sockets = [socket.create_server(("", 8080)), socket.create_server(("::", 8080), family=socket.AF_INET6)]
+print("ready", flush=True)
+sys.stdin.read()
+"""
+_CONNECT = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 8080), timeout=1).close()
+except OSError:
+    sys.exit(1)
+"""
+
+
+class World:
+    """A shell in namespaces of its own."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        inside = ["nsenter", "-t", str(self.process.pid), "-n", "-m", "--", *argv]
+        return subprocess.run(inside, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    def docker_user(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run(sys.executable, "-m", "quietport", "docker-user", *arguments)
+
+    def reaches(self, place: str, address: str) -> bool:
+        return self.run("ip", "netns", "exec", place, sys.executable, "-c", _CONNECT, address).returncode == 0
+
+
+CONTAINER = ("172.30.0.2", "fd30::2")
+PUBLIC = ("172.31.0.2", "fd31::2")
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with subprocess.Popen(
+        ["unshare", "--net", "--mount", "sh", "-c", "echo ready; cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as shell:
+        assert shell.stdout is not None
+        shell.stdout.readline()
+        made = World(shell)
+        built = made.run("sh", "-c", _WORLD)
+        servers = []
+        try:
+            assert built.returncode == 0, built.stderr
+            for place in ("container", "public"):
+                argv = ["nsenter", "-t", str(shell.pid), "-n", "-m", "--", "ip", "netns", "exec", place]
+                server = subprocess.Popen(
+                    [*argv, sys.executable, "-c", _SERVE],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                servers.append(server)
+                assert server.stdout is not None
+                assert server.stdout.readline() == "ready\n"
+            # IPv6 takes a moment on new links. This is also the positive control of every test here.
+            deadline = time.monotonic() + 20
+            while not all(
+                made.reaches(place, there) for place in ("public", "tailnet") for there in CONTAINER
+            ):
+                assert time.monotonic() < deadline, "without the chains the container is not reachable either"
+            yield made
+        finally:
+            for server in servers:
+                server.communicate("")
+            if shell.stdin is not None:
+                shell.stdin.close()
+
+
+@needs_namespaces
+def test_the_public_side_is_kept_away_and_the_tailnet_is_not(world: World) -> None:
+    assert world.docker_user("--check").returncode == 1
+    done = world.docker_user()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [world.reaches("public", address) for address in CONTAINER] == [False, False]
+    assert [world.reaches("tailnet", address) for address in CONTAINER] == [True, True]
+    assert [world.reaches("container", address) for address in PUBLIC] == [True, True]
+    before = world.run("iptables-save", "-c").stdout
+    assert world.docker_user("--check").returncode == 0
+    assert world.docker_user().returncode == 0
+    assert _without_comments(world.run("iptables-save", "-c").stdout) == _without_comments(before)
+
+
+def _without_comments(text: str) -> list[str]:
+    """Rules alone; iptables-save dates its comments, and counters move by themselves."""
+    return [line.partition("] ")[2] for line in text.splitlines() if line.startswith("[")]
+
+
+@needs_namespaces
+@pytest.mark.parametrize("family", ["iptables", "ip6tables"])
+def test_no_gap_while_docker_moves_its_jump(world: World, family: str) -> None:
+    """Between Docker's delete and its insert the table filter lets everything pass; mangle does not."""
+    assert world.docker_user().returncode == 0
+    assert world.run(family, "-D", "FORWARD", "-j", "DOCKER-USER").returncode == 0
+    assert not world.reaches("public", CONTAINER[family == "ip6tables"])
+    # Positive control: it is the chain in mangle that keeps it away.
+    world.run(family, "-t", "mangle", "-F", "FORWARD")
+    assert world.reaches("public", CONTAINER[family == "ip6tables"])
+    assert world.docker_user("--check").returncode == 1
+    assert world.docker_user().returncode == 0
+    assert world.docker_user("--check").returncode == 0
+    assert not world.reaches("public", CONTAINER[family == "ip6tables"])
+
+
+@needs_namespaces
+def test_chains_that_are_there_already(world: World) -> None:
+    """As an older Docker leaves them: its own rules above, a stranger's exception, its RETURN at the end."""
+    for command in (
+        "iptables -N DOCKER-USER",
+        "iptables -A DOCKER-USER -s 172.31.0.2 -j ACCEPT",
+        "iptables -A DOCKER-USER -j RETURN",
+        "iptables -A FORWARD -j DOCKER-USER",
+        "iptables -I FORWARD -o docker0 -j ACCEPT",
+    ):
+        assert world.run(*command.split()).returncode == 0
+    done = world.docker_user()
+    assert done.returncode == 0
+    assert "172.31.0.2" in done.stdout
+    assert not world.reaches("public", CONTAINER[0])
+    saved = world.run("iptables", "-S").stdout.splitlines()
+    assert saved.index(JUMP) < saved.index("-A FORWARD -o docker0 -j ACCEPT")
+    assert saved.index(GOOD[-1]) < saved.index("-A DOCKER-USER -s 172.31.0.2/32 -j ACCEPT")
+    assert world.docker_user("--check").returncode == 0
