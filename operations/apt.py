@@ -53,7 +53,7 @@ wait_for_apt
 repair
 """
 
-_READY = _PREPARE
+
 
 _INSTALL = (
     _PREPARE
@@ -179,7 +179,7 @@ def wait_ready() -> Commands:
         host.noop("apt is free")
         return
     warn(f"apt is not ready, which is waited for or repaired: {'; '.join(reasons)}.")
-    yield _apt(_READY)
+    yield _apt(_PREPARE)
 
 
 def missing(names: tuple[str, ...]) -> tuple[str, ...]:

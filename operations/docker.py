@@ -182,7 +182,7 @@ def _chain_runs() -> Commands:
     unit = host.get_fact(Units, names=[CHAIN_UNIT])[CHAIN_UNIT]
     if unit["active"] != "active" or unit["enabled"] != "enabled":
         yield from enable_if_needed(CHAIN_UNIT)
-    elif not host.get_fact(DockerUserChain):
+    elif not host.get_fact(DockerUserChain)["as_wanted"]:
         yield program("systemctl", "reload", CHAIN_UNIT, timeout=60)
 
 

@@ -27,6 +27,8 @@ chmod -- "$2" "$temp"
 sync -- "$temp"
 mv -fT -- "$temp" "$1"
 """
+# `ln -sf` removes first and links then; a rename has no moment without the link.
+_LINK = 'ln -sfn -- "$1" "$2" && mv -fT -- "$2" "$3"'
 WRITE_TIMEOUT_S = 120
 
 
@@ -82,7 +84,8 @@ def put_if_needed(
     if same_file(state, content, mode=mode, user=user, group=group):
         return
     if state["kind"] in ("directory", "other"):
-        yield refuse(f"{path} is a {state['kind']}, where a file belongs. Move it away and run again.")
+        what = "directory" if state["kind"] == "directory" else "special file"
+        yield refuse(f"{path} is a {what}, where a file belongs. Move it away and run again.")
         return
     if not (secret or isinstance(content, Secret)):
         old = host.get_fact(FileText, path=path) if state["kind"] == "file" else None
@@ -152,7 +155,6 @@ def link(path: str, target: str) -> Commands:
     if state["kind"] not in ("link", "absent"):
         yield refuse(f"{path} is a {state['kind']}, where a link belongs. Move it away and run again.")
         return
-    # `ln -sf` removes first and links then; a rename has no moment without the link.
     parent = PurePosixPath(path)
     temp = str(parent.with_name(f".{parent.name}.quietport-link"))
-    yield script('ln -sfn -- "$1" "$2" && mv -fT -- "$2" "$3"', target, temp, path)
+    yield script(_LINK, target, temp, path)

@@ -185,7 +185,7 @@ def why_not_joined(said: str, state: str, *, login_server: str) -> str:
         return "the auth key was used up before. Make one for this host and set it as auth_key."
     if re.search(r"key.{0,40}expired|expired.{0,40}key", text):
         return "the auth key has expired. Make a new one and set it as auth_key."
-    if re.search(r"invalid .{0,12}key|unable to validate|key.{0,60}(not found|not valid|not exist|invalid)", text):
+    if re.search(r"invalid .{0,12}key|unable to validate|key.{0,60}(not (found|valid|exist)|invalid)", text):
         return f"the auth key was rejected by {login_server}. Make a new one there and set it as auth_key."
     if "tags" in text and re.search(r"not permitted|invalid|requested tags|require", text):
         return "the tailnet does not let this key have tailscale_tags. Correct them, or the tailnet's policy."
