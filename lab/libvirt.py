@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import subprocess
 import xml.etree.ElementTree as ET
@@ -98,7 +99,9 @@ def release(run_: Run) -> None:
         if usage.daemon and alive(usage.daemon):
             with step("stop the lab's libvirt daemon"):
                 stop(usage.daemon)
-        (RUNTIME / "usage.json").unlink(missing_ok=True)
+        shutil.rmtree(RUNTIME / "etc", ignore_errors=True)
+        for name in ("usage.json", "libvirtd.log"):
+            (RUNTIME / name).unlink(missing_ok=True)
 
 
 def with_user(users: Sequence[str], user: Path) -> tuple[str, ...]:

@@ -411,7 +411,9 @@ def restore(run_: Run, target: Target) -> None:
 
 
 def state(target: Target) -> str:
-    """running or stopped, as libvirt sees it; gone when libvirt does not know it."""
+    """running or stopped, as libvirt sees it; gone when libvirt answers and does not know it."""
+    if not libvirt.answers():
+        return "stopped"
     if not _exists(_domain(target)):
         return "gone"
     return "running" if libvirt.virsh("domstate", _domain(target)) == "running" else "stopped"
