@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import quoted, sections, split
+from facts.shell import quoted, sections, several, split
 
 
 class Packages(FactBase[dict[str, str | None]]):
@@ -15,8 +15,8 @@ class Packages(FactBase[dict[str, str | None]]):
     """
 
     @override
-    def command(self, names: list[str] | tuple[str, ...]) -> str:
-        words = quoted(names)
+    def command(self, names: str | list[str] | tuple[str, ...]) -> str:
+        words = quoted(several(names))
         return sections(
             asked=f"printf '%s\\n' {words}",
             # It exits 1 when a name is unknown, and still prints the others.

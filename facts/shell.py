@@ -51,6 +51,11 @@ def split(output: Iterable[str], *names: str) -> dict[str, Section]:
     return found
 
 
+def several(names: str | Iterable[str]) -> list[str]:
+    """The names asked for; one string, as `pyinfra ... fact X names=a,b` hands it on, is split at its commas."""
+    return names.split(",") if isinstance(names, str) else list(names)
+
+
 def quoted(words: Iterable[str]) -> str:
     """`words` as arguments of a shell command."""
     return " ".join(shlex.quote(word) for word in words)

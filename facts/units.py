@@ -7,7 +7,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import quoted, sections, split
+from facts.shell import quoted, sections, several, split
 from facts.times import properties, started_at
 
 _PROPERTIES = (
@@ -34,14 +34,15 @@ class Units(FactBase[dict[str, dict[str, Any]]]):
     """
 
     @override
-    def command(self, names: list[str] | tuple[str, ...]) -> str:
+    def command(self, names: str | list[str] | tuple[str, ...]) -> str:
+        wanted = several(names)
         # A template has no state of its own, and systemctl show refuses it together with all the others.
-        plain = quoted(name for name in names if "@." not in name)
-        templates = quoted(name for name in names if "@." in name)
+        plain = quoted(name for name in wanted if "@." not in name)
+        templates = quoted(name for name in wanted if "@." in name)
         shown = " ".join(f"-p {name}" for name in _PROPERTIES)
         listed = "systemctl list-unit-files --full --no-legend --no-pager --"
         return sections(
-            asked=f"printf '%s\\n' {quoted(names)}",
+            asked=f"printf '%s\\n' {quoted(wanted)}",
             units=f"systemctl show --timestamp=us+utc {shown} -- {plain}" if plain else "true",
             templates=f"{listed} {templates}" if templates else "true",
             running="test -d /run/systemd/system",

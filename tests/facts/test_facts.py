@@ -157,3 +157,9 @@ def test_apt_locks_name_their_holder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     comm = Path("/proc/self/comm").read_text().strip()
     locks = system.System().process(done.stdout.decode().split("\n")[:-1])["apt_locks"]
     assert locks == [{"path": str(held), "pid": os.getpid(), "process": comm}]
+
+
+@pytest.mark.parametrize("fact", [units.Units(), packages.Packages()])
+def test_names_typed_on_the_command_line(fact: Any) -> None:
+    assert fact.command("a.service,b.service") == fact.command(["a.service", "b.service"])
+    assert fact.command("a.service") == fact.command(("a.service",))
