@@ -11,6 +11,7 @@ from typing_extensions import override
 from facts.shell import sections, split
 from facts.times import SHOW_START, newest, properties, stale, started_at
 from quietport.docker_user import backend_of
+from quietport.errors import HostProgramError
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 _SOURCES = (("docker-ce", "docker"), ("docker.io", "debian"))
@@ -63,8 +64,8 @@ class Docker(FactBase[dict[str, Any]]):
     """The engine.
 
     {installed, running (it answers), version, iptables (it makes rules with iptables: the DOCKER-USER chain
-    counts), firewall: iptables|nftables|none, live_restore (of the running engine), config_stale (daemon.json
-    is newer than the running engine), containers (made, running or not), source: "debian" (docker.io),
+    counts), firewall: iptables|nftables|none, or unknown where daemon.json is no JSON, live_restore (of the
+    running engine), config_stale (daemon.json is newer than the running engine), containers (made, running or not), source: "debian" (docker.io),
     "docker" (docker-ce) or None}.
     """
 
@@ -103,7 +104,7 @@ class Docker(FactBase[dict[str, Any]]):
         info = _info(parts["info"].text)
         started = started_at(shown.get("ExecMainStartTimestamp", ""))
         alive = shown.get("MainPID", "0") != "0"
-        firewall = backend_of(parts["config"].text, shown.get("ExecStart", ""))
+        firewall = _firewall(parts["config"].text, shown.get("ExecStart", ""))
         packages = parts["packages"].text.split("\n")
         running = bool(info.get("ServerVersion"))
         return self.default() | {
@@ -128,3 +129,11 @@ def _info(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _firewall(daemon_json: str, command_line: str) -> str:
+    try:
+        return backend_of(daemon_json, command_line)
+    except HostProgramError:
+        # Not this fact's to refuse: an exception here would stop every host of the run.
+        return "unknown"
