@@ -8,7 +8,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import sections, split
+from facts.shell import one_host_at_most, sections, split
 from facts.times import SHOW_START, newest, properties, stale, started_at
 from quietport.docker_user import backend_of
 from quietport.errors import HostProgramError
@@ -37,6 +37,7 @@ class PublishedPorts(FactBase[list[dict[str, Any]]]):
         return []
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for line in split(output, "ports")["ports"].text.splitlines():
@@ -65,8 +66,8 @@ class Docker(FactBase[dict[str, Any]]):
 
     {installed, running (it answers), version, iptables (it makes rules with iptables: the DOCKER-USER chain
     counts), firewall: iptables|nftables|none, or unknown where daemon.json is no JSON, live_restore (of the
-    running engine), config_stale (daemon.json is newer than the running engine), containers (made, running or not), source: "debian" (docker.io),
-    "docker" (docker-ce) or None}.
+    running engine), config_stale (daemon.json is newer than the running engine), containers (made, running
+    or not), source: "debian" (docker.io), "docker" (docker-ce) or None}.
     """
 
     @override
@@ -98,6 +99,7 @@ class Docker(FactBase[dict[str, Any]]):
         }
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, Any]:
         parts = split(output, *_SECTIONS)
         shown = properties(parts["process"].text)

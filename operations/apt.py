@@ -31,13 +31,12 @@ waiter=$(cat)
 exec </dev/null
 stamp=/run/quietport-apt-updated
 wait_for_apt() { python3 -I -c "$waiter" "$wait_s"; }
+# Always: `dpkg --audit` does not see the journal an interrupted dpkg leaves, on which apt-get fails (ran).
 repair() {
-  if [ -n "$(dpkg --audit 2>&1)" ]; then
-    dpkg --configure -a --force-confdef --force-confold || {
-      echo "dpkg was interrupted, and 'dpkg --configure -a' does not repair it. Repair it by hand." >&2
-      exit 1
-    }
-  fi
+  dpkg --configure -a --force-confdef --force-confold || {
+    echo "dpkg was interrupted, and 'dpkg --configure -a' does not repair it. Repair it by hand." >&2
+    exit 1
+  }
 }
 # Another apt may start between the wait and the update: lists/lock has no timeout of its own.
 update() {
