@@ -10,6 +10,7 @@ Ubuntu it installs what is missing; otherwise one sentence says what to install.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -96,38 +97,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 # The project's environment
 
 
-def stamp(project: Path) -> str:
-    """What the environment was made from: lock, project file, and Python's version."""
-    parts = [(project / name).read_bytes() for name in ("requirements.lock", "pyproject.toml")]
+def stamp(project: Path, names: Sequence[str] = ("requirements.lock",)) -> str:
+    """What a part of the environment was made from: those files, the place, and Python's version."""
+    parts = [(project / name).read_bytes() for name in names]
     parts.append(f"{sys.version_info[:3]} {project}".encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def ensure_venv() -> None:
-    """Make `.venv` from requirements.lock, unless it was made from just that. Raises LabError."""
-    mark = VENV / ".quietport-stamp"
+    """Make `.venv` from requirements.lock, and the project installed in it, where they are not so already.
+
+    Raises LabError. Two that run at once wait for each other.
+    """
+    with (PROJECT / "pyproject.toml").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _ensure_venv()
+
+
+def _ensure_venv() -> None:
+    packages, project = VENV / ".quietport-stamp", VENV / ".quietport-project-stamp"
+    pip: list[str | os.PathLike[str]] = [VENV / "bin/python", "-m", "pip", "--disable-pip-version-check"]
+    pip += ["--quiet", "install"]
     wanted = stamp(PROJECT)
-    if (
-        mark.is_file()
-        and mark.read_text() == wanted
-        and succeeds([VENV / "bin/python", "-c", "import pyinfra"])
-    ):
-        return
-    need_ensurepip()
-    pip: list[str | os.PathLike[str]] = [
-        VENV / "bin/python",
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--quiet",
-        "install",
-    ]
-    with step("Python environment .venv from requirements.lock"):
-        shutil.rmtree(VENV, ignore_errors=True)
-        run([sys.executable, "-m", "venv", VENV], timeout=300)
-        run([*pip, "--require-hashes", "-r", PROJECT / "requirements.lock"], timeout=1800)
-        run([*pip, "--no-deps", "--no-build-isolation", "-e", PROJECT], timeout=600)
-    mark.write_text(wanted)
+    if _read(packages) != wanted or not succeeds([VENV / "bin/python", "-c", "import pyinfra"]):
+        need_ensurepip()
+        with step("Python environment .venv from requirements.lock"):
+            shutil.rmtree(VENV, ignore_errors=True)
+            run([sys.executable, "-m", "venv", VENV], timeout=300)
+            run([*pip, "--require-hashes", "-r", PROJECT / "requirements.lock"], timeout=1800)
+        packages.write_text(wanted)
+    # Apart from the packages: a change here must not take the environment away from those who use it.
+    wanted = stamp(PROJECT, ("requirements.lock", "pyproject.toml"))
+    if _read(project) != wanted:
+        with step("the project itself, in .venv"):
+            run([*pip, "--no-deps", "--no-build-isolation", "-e", PROJECT], timeout=600)
+        project.write_text(wanted)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def need_ensurepip() -> None:

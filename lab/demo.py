@@ -154,7 +154,7 @@ def listening(text: str) -> list[str]:
         where = f"{listener['protocol']}/{listener['port']} {listener.get('process') or '?'}"
         groups.setdefault(listener["exposure"], []).append(where)
     titles = {
-        "public": "on public addresses",
+        "public": "on public addresses (WireGuard answers nobody it does not know)",
         "tailnet": "for the tailnet",
         "private": "for its own containers",
         "loopback": "on loopback",

@@ -397,6 +397,11 @@ def test_the_stamp_changes_with_what_the_environment_is_made_from(tmp_path: Path
         (tmp_path / name).write_text(name)
     before = bootstrap.stamp(tmp_path)
     assert before == bootstrap.stamp(tmp_path)
+    both = ("requirements.lock", "pyproject.toml")
+    project = bootstrap.stamp(tmp_path, both)
+    (tmp_path / "pyproject.toml").write_text("other")
+    assert bootstrap.stamp(tmp_path) == before, "the packages do not depend on it"
+    assert bootstrap.stamp(tmp_path, both) != project
     (tmp_path / "requirements.lock").write_text("other")
     assert bootstrap.stamp(tmp_path) != before
 
