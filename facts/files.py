@@ -9,7 +9,7 @@ from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import decoded, quoted, sections, split
+from facts.shell import decoded, one_host_at_most, quoted, sections, split
 
 MAX_TEXT_BYTES = 1 << 20
 
@@ -38,6 +38,7 @@ class FileState(FactBase[dict[str, Any]]):
         return _state("absent")
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, Any]:
         parts = split(output, "stat", "present", "sha256", "target")
         if parts["stat"].code != 0:
@@ -76,6 +77,7 @@ class FileText(FactBase[str | None]):
         )
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> str | None:
         parts = split(output, "present", "text")
         if parts["present"].code != 0:

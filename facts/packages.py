@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import quoted, sections, several, split
+from facts.shell import one_host_at_most, quoted, sections, several, split
 
 
 class Packages(FactBase[dict[str, str | None]]):
@@ -29,6 +29,7 @@ class Packages(FactBase[dict[str, str | None]]):
         return {}
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, str | None]:
         parts = split(output, "asked", "packages")
         found: dict[str, str | None] = dict.fromkeys(parts["asked"].text.split())

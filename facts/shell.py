@@ -5,10 +5,30 @@ from __future__ import annotations
 import base64
 import binascii
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 from pyinfra.api.exceptions import FactProcessError
+
+T = TypeVar("T")
+
+
+def one_host_at_most(process: Callable[[Any, list[str]], T]) -> Callable[[Any, list[str]], T]:
+    """For `process` of a fact: whatever a host prints, at most that host fails.
+
+    pyinfra fails the host for FactProcessError; any other exception would end the run for all of them.
+    """
+
+    @wraps(process)
+    def careful(fact: Any, output: list[str]) -> T:
+        try:
+            return process(fact, output)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise FactProcessError(f"the host's answer is not understood ({error})") from error
+
+    return careful
 
 
 @dataclass(frozen=True)
@@ -52,7 +72,7 @@ def split(output: Iterable[str], *names: str) -> dict[str, Section]:
 
 
 def several(names: str | Iterable[str]) -> list[str]:
-    """The names asked for; one string, as `pyinfra ... fact X names=a,b` hands it on, is split at its commas."""
+    """The names asked for; one string, as `pyinfra ... fact X names=a,b` gives it, is split at its commas."""
     return names.split(",") if isinstance(names, str) else list(names)
 
 

@@ -8,7 +8,7 @@ from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import sections, split
+from facts.shell import one_host_at_most, sections, split
 from quietport.errors import HostProgramError
 from quietport.net import parse_interfaces
 from quietport.ports import judge, parse_ss
@@ -46,6 +46,7 @@ class ListeningSockets(FactBase[list[dict[str, Any]]]):
         return []
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> list[dict[str, Any]]:
         parts = split(output, "sockets", "addresses", "routes4", "routes6", "programs")
         if parts["sockets"].code != 0 or parts["addresses"].code != 0:

@@ -7,7 +7,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import decoded, quoted, sections, split
+from facts.shell import decoded, one_host_at_most, quoted, sections, split
 from facts.times import SHOW_START, newest, properties, stale, started_at
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -31,6 +31,7 @@ class SshdFiles(FactBase[dict[str, str]]):
         return {}
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, str]:
         files: dict[str, str] = {}
         for line in split(output, "files")["files"].text.splitlines():
@@ -61,6 +62,7 @@ class SshdEffective(FactBase[dict[str, list[str]]]):
         return {}
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, list[str]]:
         parts = split(output, "installed", "effective")
         if parts["installed"].code != 0:
@@ -99,6 +101,7 @@ class SshdProcess(FactBase[dict[str, Any]]):
         return {"running": False, **unknown, "stale": False}
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, Any]:
         parts = split(output, "process", "mtimes", "now")
         shown = properties(parts["process"].text)

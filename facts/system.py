@@ -9,7 +9,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import Section, quoted, sections, split
+from facts.shell import Section, one_host_at_most, quoted, sections, split
 
 APT_LOCKS = (
     "/var/lib/dpkg/lock-frontend",
@@ -87,6 +87,7 @@ class System(FactBase[dict[str, Any]]):
         }
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, Any]:
         parts = split(output, *_SECTIONS)
         assignments = re.findall(r"^([A-Z_]+)=(.*)$", parts["os"].text, re.MULTILINE)

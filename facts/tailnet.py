@@ -9,7 +9,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import sections, split
+from facts.shell import one_host_at_most, sections, split
 from quietport.net import TAILNET_INTERFACE
 
 _PREFERENCES = {
@@ -69,6 +69,7 @@ class Tailnet(FactBase[dict[str, Any]]):
         return _nothing()
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, Any]:
         parts = split(output, "version", "status", "prefs", "addresses")
         found = _nothing()

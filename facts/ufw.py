@@ -8,7 +8,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import sections, split
+from facts.shell import one_host_at_most, sections, split
 
 _POLICIES = {"DROP": "deny", "REJECT": "reject", "ACCEPT": "allow"}
 _DEFAULTS = {"incoming": "INPUT", "outgoing": "OUTPUT", "routed": "FORWARD"}
@@ -52,6 +52,7 @@ class Ufw(FactBase[dict[str, Any]]):
         return _nothing()
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, Any]:
         parts = split(output, "installed", "added", "status", "defaults", "config", "ipv4", "ipv6")
         if parts["installed"].code != 0:

@@ -7,7 +7,7 @@ from typing import Any
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import quoted, sections, several, split
+from facts.shell import one_host_at_most, quoted, sections, several, split
 from facts.times import properties, started_at
 
 _PROPERTIES = (
@@ -54,6 +54,7 @@ class Units(FactBase[dict[str, dict[str, Any]]]):
         return {}
 
     @override
+    @one_host_at_most
     def process(self, output: list[str]) -> dict[str, dict[str, Any]]:
         parts = split(output, "asked", "units", "templates", "running")
         asked = parts["asked"].text.split()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from pyinfra_testing.facts import make_fact_tests
@@ -163,3 +166,33 @@ def test_apt_locks_name_their_holder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_names_typed_on_the_command_line(fact: Any) -> None:
     assert fact.command("a.service,b.service") == fact.command(["a.service", "b.service"])
     assert fact.command("a.service") == fact.command(("a.service",))
+
+
+_FUZZED = [*COMMANDS, (sockets.ListeningSockets(), ())]
+_LINES = st.lists(
+    st.sampled_from(
+        ["", "0", "x", "a=b", "MainPID=x", "pid 7", "[]", "{}", "[1]", '{"v1": 1}', '{"Self": 1}', "-"]
+    )
+    | st.text(max_size=20),
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize(("fact", "arguments"), _FUZZED, ids=lambda value: getattr(value, "name", ""))
+@given(data=st.data())
+def test_odd_output_fails_one_host_at_most(
+    fact: Any, arguments: tuple[Any, ...], data: st.DataObject
+) -> None:
+    """Anything but FactProcessError in a fact would end the run for every host."""
+    output = []
+    for name in re.findall(r"echo '##(\w+)'", fact.command(*arguments)):
+        lines = [part for line in data.draw(_LINES) for part in line.split("\n")]
+        output += [
+            f"##{name}",
+            *(f"|{line}" for line in lines),
+            f"|{data.draw(st.sampled_from([0, 0, 0, 1, 127]))}",
+        ]
+    try:
+        json.dumps(fact.process(output))
+    except FactProcessError:
+        return
