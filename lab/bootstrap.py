@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def stamp(project: Path, names: Sequence[str] = ("requirements.lock",)) -> str:
     """What a part of the environment was made from: those files, the place, and Python's version."""
     parts = [(project / name).read_bytes() for name in names]
-    parts.append(f"{sys.version_info[:3]} {project}".encode())
+    parts.append(f"{sys.version_info[:2]} {project}".encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
