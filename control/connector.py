@@ -127,7 +127,7 @@ class QuietportConnector(SSHConnector):
             result = self._live().run(
                 line,
                 stdin=_stdin(arguments.get("_stdin")),
-                timeout=arguments.get("_timeout"),
+                timeout=arguments.get("_timeout") or None,
                 on_output=lines.feed,
             )
         except LinkLost:
@@ -156,7 +156,7 @@ class QuietportConnector(SSHConnector):
             content = stream.read()
         data = content.encode() if isinstance(content, str) else content
         line = shlex.join(["sh", "-c", _PUT, "sh", remote_filename, str(len(data))])
-        done = self._live().run(line, stdin=data, timeout=arguments.get("_timeout"))
+        done = self._live().run(line, stdin=data, timeout=arguments.get("_timeout") or None)
         return self._transferred("uploaded", remote_filename, done.exit_code, done.stderr, print_output)
 
     @override
@@ -170,7 +170,9 @@ class QuietportConnector(SSHConnector):
         **arguments: Any,
     ) -> bool:
         """Read a file as root into a local file or stream."""
-        done = self._live().run(shlex.join(["cat", "--", remote_filename]), timeout=arguments.get("_timeout"))
+        done = self._live().run(
+            shlex.join(["cat", "--", remote_filename]), timeout=arguments.get("_timeout") or None
+        )
         if done.exit_code == 0:
             with get_file_io(cast("str | IO[Any]", filename_or_io), "wb") as stream:
                 stream.write(done.stdout)

@@ -6,6 +6,7 @@ Every wait has an end: connecting, the banner, the key exchange, the login.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import sys
 import time
@@ -22,6 +23,9 @@ from control.proxy import Proxy, expand
 from control.secret import Secret
 from control.session import Auth, Way
 from control.settings import HostSettings
+
+# paramiko logs tracebacks of what we raise as a sentence; without a handler Python prints them.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 REDIALS = 3
 _SILENCE_MS = 60_000

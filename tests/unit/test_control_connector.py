@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -370,6 +372,17 @@ def test_two_hosts_one_of_which_is_down(operator: Operator, server: Server) -> N
     assert '"up": "root"' in done.stderr
     assert "cannot connect to" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_port_that_is_no_ssh_is_one_sentence_without_a_traceback(operator: Operator) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=lambda: other.accept()[0].close(), daemon=True).start()
+        operator.host(port=other.getsockname()[1])
+        done = pyinfra("-y", "inventory", "fact", "server.User")
+    assert done.returncode != 0
+    assert "does not answer as SSH" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
 
 
 def test_limit_takes_the_plain_name(operator: Operator, server: Server) -> None:
