@@ -21,7 +21,7 @@ command -v busybox >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -q -y in
 box=$(command -v busybox)
 tar -C / -c --transform 's,.*/busybox,bin/busybox,' "$box" 2>/dev/null | docker import - {IMAGE}
 """
-_SERVE = f"--restart always {IMAGE} /bin/busybox nc -ll -p 80 -e /bin/busybox echo hello"
+_SERVE = f"--restart always {IMAGE} /bin/busybox httpd -f -p 80 -h /"
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ def container_addresses(hosts: Hosts, name: str) -> list[str]:
 @contextmanager
 def shield_lowered(hosts: Hosts, name: str) -> Iterator[None]:
     """The same host without our chain, and with the port open: shows that the probe can see it."""
-    both = "for t in iptables ip6tables; do $t {}; done"
+    both = "for t in iptables ip6tables; do {}; done"
     rule = f"INPUT -p tcp --dport {PORT}:{PORT + 1} -j ACCEPT"
-    hosts.ssh(name, both.format("-F DOCKER-USER") + "; " + both.format(f"-I {rule}")).ok()
+    lower = both.format(f"$t -F DOCKER-USER && $t -t mangle -F QUIETPORT-FORWARD && $t -I {rule}")
+    hosts.ssh(name, f"set -e; {lower}").ok()
     try:
         yield
     finally:
-        hosts.ssh(name, both.format(f"-D {rule}") + "; systemctl restart quietport-docker-user").ok()
+        hosts.ssh(name, both.format(f"$t -D {rule}") + "; systemctl reload quietport-docker-user").ok()

@@ -270,13 +270,13 @@ class Chapters:
         failed: str | None = None
         for name, act in self.steps:
             if failed is not None:
-                self.results[name].set_exception(LookupError(f"not reached: {failed!r} failed before"))
+                self.results[name].set_exception(LookupError(f"not reached: {failed}"))
                 continue
             began = time.monotonic()
             try:
                 self.results[name].set_result(act())
             except BaseException as error:
-                failed = name
+                failed = f"{name!r} failed: {str(error)[-1500:]}"
                 self.results[name].set_exception(error)
             print(f"· {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
@@ -286,7 +286,8 @@ class Chapters:
             return self.results[name].result(timeout=2 * CONVERGE_TIMEOUT_S)
         except Exception as error:
             # Many tests wait for one step; each would print the traceback of all before it.
-            pytest.fail(f"step {name!r}: {type(error).__name__}: {error}", pytrace=False)
+            reason = f"step {name!r}: {type(error).__name__}: {error}"
+        pytest.fail(reason, pytrace=False)
 
 
 # Runs in the public side's namespace: tries every address until told to stop, prints each that opens.

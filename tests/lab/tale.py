@@ -57,10 +57,10 @@ class Tale:
 
     def publish(self) -> None:
         """What the specs then find on every host: containers that publish on all addresses, and a report."""
-        self.published = {name: publish(self.hosts, self.lab.target(name)) for name in self.names}
         for name in self.names:
             # The daily report now, not tomorrow: the specs then read it.
             self.hosts.ssh(name, "systemctl start quietport-report.service").ok()
+        self.published = {name: publish(self.hosts, self.lab.target(name)) for name in self.names}
 
     def restart(self) -> None:
         """Reboot every host, and wait until sshd answers on the tailnet again."""

@@ -16,10 +16,15 @@ UNIT = "quietport-docker-user.service"
 LOOPBACK = ("127.0.0.1", "::1")
 
 
-def matched(rule: str) -> str:
-    """What a rule of the chain asks for, without our mark."""
-    asked = rule.split(" -j ")[0].removeprefix("-A DOCKER-USER")
-    return asked.replace("-m comment --comment quietport", "").strip()
+# What Docker leaves to us, and the one that stands while Docker rearranges its own rules.
+CHAINS = (("filter", "DOCKER-USER"), ("mangle", "QUIETPORT-FORWARD"))
+FAMILIES = ("iptables", "ip6tables")
+
+
+def parsed(rule: str) -> tuple[str, str]:
+    """What a rule asks for, without our mark, and where it sends the packet."""
+    asked, _, target = rule.replace(" -m comment --comment quietport", "").partition(" -j ")
+    return asked.split(maxsplit=2)[2] if asked.count(" ") > 1 else "", target
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,13 +60,13 @@ def test_the_daemon_runs_with_its_configuration(reading: Reading) -> None:
     assert docker["live_restore"] is True
 
 
-@pytest.mark.parametrize("program", ["iptables", "ip6tables"])
-def test_the_chain_lets_nothing_new_in_from_outside(reading: Reading, program: str) -> None:
+@pytest.mark.parametrize("program", FAMILIES)
+@pytest.mark.parametrize(("table", "chain"), CHAINS)
+def test_the_chain_lets_nothing_new_in(reading: Reading, program: str, table: str, chain: str) -> None:
     """Replies first, then the tailnet and Docker's own bridges by interface, the rest dropped."""
-    rules = [rule for rule in reading.lines("%s -S DOCKER-USER", program) if rule.startswith("-A")]
-    found = [(matched(rule), rule.split(" -j ")[1]) for rule in rules]
+    rules = [rule for rule in reading.lines(f"{program} -t {table} -S {chain}") if rule.startswith("-A")]
     # What stands behind the DROP (Docker 26 leaves a RETURN there) is never asked.
-    assert found[:5] == [
+    assert [parsed(rule) for rule in rules[:5]] == [
         ("-m conntrack --ctstate RELATED,ESTABLISHED", "RETURN"),
         ("-i tailscale0", "RETURN"),
         ("-i docker0", "RETURN"),
@@ -70,14 +75,17 @@ def test_the_chain_lets_nothing_new_in_from_outside(reading: Reading, program: s
     ]
 
 
-@pytest.mark.parametrize("program", ["iptables", "ip6tables"])
-def test_the_chain_is_asked_before_dockers_own(reading: Reading, program: str) -> None:
-    rules = [rule for rule in reading.lines("%s -S FORWARD", program) if "-j " in rule]
-    jumps = [rule.split("-j ")[1].split()[0] for rule in rules]
-    assert "DOCKER-USER" in jumps
-    before = jumps[: jumps.index("DOCKER-USER")]
-    assert [chain for chain in before if chain.startswith("DOCKER")] == []
-    assert "ACCEPT" not in before
+@pytest.mark.parametrize("program", FAMILIES)
+@pytest.mark.parametrize(("table", "chain"), CHAINS)
+def test_the_chain_is_asked_before_anything_accepts(
+    reading: Reading, program: str, table: str, chain: str
+) -> None:
+    """Chains that only drop may come before it, and tailscaled's, which is about the tailnet alone."""
+    forward = [rule for rule in reading.lines(f"{program} -t {table} -S FORWARD") if " -j " in rule]
+    targets = [parsed(rule)[1] for rule in forward]
+    assert chain in targets
+    before = set(targets[: targets.index(chain)])
+    assert before <= {"ts-forward", "DOCKER-ISOLATION-STAGE-1"}
 
 
 def test_the_chain_is_there_before_the_first_container(reading: Reading) -> None:
