@@ -10,6 +10,7 @@ Ubuntu it installs what is missing; otherwise one sentence says what to install.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -67,6 +68,14 @@ VM_PROGRAMS = (
     Program("mke2fs", "e2fsprogs", "the VM box"),
     Program("rsync", "rsync", "Vagrant"),
 )
+TEST_PROGRAMS = (
+    Program("sshd", "openssh-server", "tests against a real sshd"),
+    Program("sudo", "sudo", "tests of logins that are not root"),
+    Program("strace", "strace", "tests that watch every program's arguments"),
+    Program("unshare", "util-linux", "tests in network namespaces"),
+)
+# Tests need the program alone: a machine must not answer the network because someone ran tests on it.
+SSH_UNITS = ("ssh.service", "ssh.socket")
 # Without a program of their own on PATH, so dpkg is asked.
 VM_PACKAGES = ("vagrant-libvirt", "libvirt-daemon-driver-qemu")
 
@@ -78,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts.add_parser("venv", help="the project's Python environment, from the lock")
     lab = parts.add_parser("lab", help="the programs the lab runs")
     lab.add_argument("--target", choices=("container", "vm"), default="container")
+    lab.add_argument("--tests", action="store_true", help="also what the tests run")
     arguments = parser.parse_args(argv)
     try:
         if sys.version_info < MINIMUM_PYTHON:
@@ -87,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.part == "venv":
             ensure_venv()
         else:
-            ensure_programs(vm=arguments.target == "vm")
+            ensure_programs(vm=arguments.target == "vm", tests=arguments.tests)
     except LabError as error:
         say(f"error: {error}")
         return 1
@@ -156,11 +166,10 @@ def find(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), *SBIN)))
 
 
-def missing_programs(*, vm: bool) -> list[Program]:
-    """The programs the lab would run here and does not find."""
-    missing = [
-        program for program in LAB_PROGRAMS + (VM_PROGRAMS if vm else ()) if find(program.name) is None
-    ]
+def missing_programs(*, vm: bool, tests: bool = False) -> list[Program]:
+    """The programs the lab, and with `tests` its tests, would run here and does not find."""
+    wanted = LAB_PROGRAMS + (VM_PROGRAMS if vm else ()) + (TEST_PROGRAMS if tests else ())
+    missing = [program for program in wanted if find(program.name) is None]
     # A daemon of the machine's own that answers makes ours unnecessary.
     if not vm and any(program.name == "dockerd" for program in missing) and docker_answers():
         missing = [program for program in missing if program.name != "dockerd"]
@@ -182,9 +191,9 @@ def package_installed(name: str) -> bool:
     return done.stdout.strip() == "installed"
 
 
-def ensure_programs(*, vm: bool) -> None:
+def ensure_programs(*, vm: bool, tests: bool = False) -> None:
     """Install what the lab lacks here. Raises LabError with the command when that is not ours to do."""
-    missing = missing_programs(vm=vm)
+    missing = missing_programs(vm=vm, tests=tests)
     if not missing:
         return
     names = sorted({program.package.split("|")[-1] for program in missing})
@@ -194,9 +203,19 @@ def ensure_programs(*, vm: bool) -> None:
             hint=f"Install them, as root: apt-get install --no-install-recommends {' '.join(names)}",
         )
     update_lists()
+    if any(program.name == "sshd" for program in missing):
+        mask_ssh()
     install(resolve(missing))
-    if still := missing_programs(vm=vm):
+    if still := missing_programs(vm=vm, tests=tests):
         raise LabError(f"Installed, and yet not found: {', '.join(program.name for program in still)}.")
+
+
+def mask_ssh(units: Path = Path("/etc/systemd/system")) -> None:
+    """Keep the sshd that is about to be installed from being started, now and at boot."""
+    for unit in SSH_UNITS:
+        with contextlib.suppress(FileExistsError):
+            units.mkdir(parents=True, exist_ok=True)
+            (units / unit).symlink_to("/dev/null")
 
 
 def resolve(missing: Sequence[Program]) -> list[str]:

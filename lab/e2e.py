@@ -24,7 +24,7 @@ def main(environ: Mapping[str, str] | None = None) -> int:
         try:
             if os.geteuid() != 0:
                 raise LabError("The lab makes networks on this machine, which takes root.")
-            bootstrap.ensure_programs(vm=kind == "vm")
+            bootstrap.ensure_programs(vm=kind == "vm", tests=True)
         except LabError as error:
             if strict:
                 raise

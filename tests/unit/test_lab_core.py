@@ -477,3 +477,15 @@ def test_the_test_image_is_the_same_bytes_twice(tmp_path: Path) -> None:
 def test_state_of_an_empty_run_is_plain_json() -> None:
     state = RunState(run_id="x", tag="00c0ffee")
     assert RunState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_an_sshd_installed_for_tests_is_masked_first(tmp_path: Path) -> None:
+    bootstrap.mask_ssh(tmp_path / "system")
+    links = {link.name: str(link.readlink()) for link in (tmp_path / "system").iterdir()}
+    assert links == {"ssh.service": "/dev/null", "ssh.socket": "/dev/null"}
+
+
+def test_masking_leaves_what_an_administrator_put_there(tmp_path: Path) -> None:
+    (tmp_path / "ssh.service").write_text("[Unit]\n")
+    bootstrap.mask_ssh(tmp_path)
+    assert (tmp_path / "ssh.service").read_text() == "[Unit]\n"
