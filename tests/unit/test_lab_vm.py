@@ -79,6 +79,15 @@ def test_info_reads_what_virsh_prints() -> None:
     assert libvirt.info(text) == {"Name": "qpv-0123abcd", "UUID": "7a:b", "Active": "yes"}
 
 
+def test_interfaces_are_those_on_a_network() -> None:
+    head = " Interface   Type      Source         Model    MAC\n--------------------------------------\n"
+    row = " vnet3       network   qpv-0123abcd   virtio   52:54:00:56:20:0d\n"
+    assert vm.interfaces(head + row) == ["vnet3"]
+    assert vm.interfaces(head) == []
+    # A VM that is off has no end here.
+    assert vm.interfaces(row.replace("vnet3", "-")) == []
+
+
 # Who uses libvirt
 
 
