@@ -73,6 +73,7 @@ TEST_PROGRAMS = (
     Program("sudo", "sudo", "tests of logins that are not root"),
     Program("strace", "strace", "tests that watch every program's arguments"),
     Program("unshare", "util-linux", "tests in network namespaces"),
+    Program("pgrep", "procps", "tests that look for what was left running"),
 )
 # Tests need the program alone: a machine must not answer the network because someone ran tests on it.
 SSH_UNITS = ("ssh.service", "ssh.socket")
