@@ -61,9 +61,18 @@ for name in "$@"; do
   candidate=$(apt-cache policy -- "$name" | sed -n 's/^  Candidate: //p')
   case "$candidate" in ''|'(none)') fresh= ;; esac
 done
-if [ -z "$fresh" ]; then update; touch "$stamp"; fi
-apt-get install -y -q --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout="$wait_s" \\
-  -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold -- "$@"
+install() {
+  apt-get install -y -q --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout="$wait_s" \\
+    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold -- "$@"
+}
+if [ -z "$fresh" ]; then
+  update
+  touch "$stamp"
+  install "$@"
+else
+  # Lists of today may name a version that the mirror has replaced since.
+  install "$@" || { update; install "$@"; }
+fi
 """
 )
 
