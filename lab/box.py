@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             hand_key(cache_root())
             box = build(distro)
-            libvirt.driver(box.kernel, cache_root())
+            libvirt.driver(box.kernel)
             print(box.file)
         except LabError as error:
             print(error, file=sys.stderr)

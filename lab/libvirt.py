@@ -225,11 +225,12 @@ def info(text: str) -> dict[str, str]:
 # KVM
 
 
-def driver(kernel: Path, cache: Path) -> str:
+def driver(kernel: Path) -> str:
     """`kvm` where it works, else `qemu` (emulation). QUIETPORT_VM_DRIVER decides without asking.
 
     A /dev/kvm that opens says little: nested, a stock kernel may hang on it. So `kernel` is booted without a
-    disk, and has to reach its panic within 15 s. The answer holds for this boot of the machine.
+    disk, and has to reach its panic within 15 s. The answer, kept beside the kernel, holds for this boot of
+    the machine. Raises LabError when the variable names something else.
     """
     if named := os.environ.get("QUIETPORT_VM_DRIVER"):
         if named not in ("kvm", "qemu"):
@@ -237,16 +238,15 @@ def driver(kernel: Path, cache: Path) -> str:
         return named
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "qemu"
-    verdict = cache / "kvm.json"
-    key = f"{boot_id()} {kernel.parent.name}"
-    with locked(cache / "kvm.lock"):
+    verdict = kernel.parent / "kvm.json"
+    with locked(kernel.parent / ".kvm.lock"):
         with contextlib.suppress(OSError, ValueError):
             kept = json.loads(verdict.read_text())
-            if kept.get("key") == key:
+            if kept.get("boot") == boot_id():
                 return str(kept["driver"])
         with step("KVM is tried"):
             found = "kvm" if kernel_boots(kvm_command(kernel)) else "qemu"
-        write(verdict, json.dumps({"key": key, "driver": found}))
+        write(verdict, json.dumps({"boot": boot_id(), "driver": found}))
     return found
 
 

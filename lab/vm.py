@@ -123,7 +123,7 @@ def create(run_: Run, distro: str) -> Target:
     """
     image = box.build(distro)
     subnet = ensure_network(run_)
-    driver = libvirt.driver(image.kernel, cache_root())
+    driver = libvirt.driver(image.kernel)
     target = describe(run_, distro, subnet, driver=driver)
     destroy(run_, target)
     run_.save_target(target)

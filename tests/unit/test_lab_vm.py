@@ -138,28 +138,29 @@ def test_driver_is_tried_once_a_boot(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("QUIETPORT_VM_DRIVER", raising=False)
     monkeypatch.setattr(libvirt.os, "access", lambda *_: True)
     monkeypatch.setattr(libvirt, "kernel_boots", boots)
-    kernel = tmp_path / "box-1" / "vmlinuz"
-    assert [libvirt.driver(kernel, tmp_path) for _ in range(3)] == ["kvm"] * 3
+    first, second = (tmp_path / name / "vmlinuz" for name in ("box-1", "box-2"))
+    assert [libvirt.driver(first) for _ in range(3)] == ["kvm"] * 3
     assert len(tried) == 1
-    libvirt.driver(tmp_path / "box-2" / "vmlinuz", tmp_path)
+    assert [libvirt.driver(kernel) for kernel in (second, first, second)] == ["kvm"] * 3
     assert len(tried) == 2
-    (tmp_path / "kvm.json").write_text(json.dumps({"key": f"not {boot_id()} box-2", "driver": "qemu"}))
-    assert libvirt.driver(tmp_path / "box-2" / "vmlinuz", tmp_path) == "kvm"
+    (tmp_path / "box-1/kvm.json").write_text(json.dumps({"boot": f"not {boot_id()}", "driver": "qemu"}))
+    assert libvirt.driver(first) == "kvm"
+    assert len(tried) == 3
 
 
 def test_driver_where_kvm_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QUIETPORT_VM_DRIVER", raising=False)
     monkeypatch.setattr(libvirt.os, "access", lambda *_: False)
-    assert libvirt.driver(tmp_path / "vmlinuz", tmp_path) == "qemu"
+    assert libvirt.driver(tmp_path / "vmlinuz") == "qemu"
 
 
 def test_driver_named_by_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libvirt.os, "access", lambda *_: False)
     monkeypatch.setenv("QUIETPORT_VM_DRIVER", "kvm")
-    assert libvirt.driver(tmp_path / "vmlinuz", tmp_path) == "kvm"
+    assert libvirt.driver(tmp_path / "vmlinuz") == "kvm"
     monkeypatch.setenv("QUIETPORT_VM_DRIVER", "xen")
     with pytest.raises(LabError, match=r"'xen'.*kvm or qemu"):
-        libvirt.driver(tmp_path / "vmlinuz", tmp_path)
+        libvirt.driver(tmp_path / "vmlinuz")
 
 
 # The target, and Vagrant's environment
