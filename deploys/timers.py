@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pyinfra.api.deploy import deploy
-from pyinfra.context import host
 
 from control.settings import HostSettings
 from operations import timers as operations
+from operations.common import each
 from operations.programs import LAUNCHER
 from operations.timers import Timer
 
@@ -29,5 +29,5 @@ TIMERS = (
 @deploy("timers")
 def timers(settings: HostSettings) -> None:
     """Each timer's units, enabled."""
-    for timer in host.loop(TIMERS):  # type: ignore[no-untyped-call]
+    for timer in each(TIMERS):
         operations.running(name=f"timers: {timer.name}, {timer.schedule}", timer=timer)

@@ -38,18 +38,23 @@ def _refused(state: State, host: Host, sentence: str) -> bool:
     return False
 
 
+def _said_already() -> bool:
+    """Whether the plan has said it. With -y pyinfra makes none, and it is said while the change is made."""
+    return host.state.is_executing and bool(host.state.check_for_changes)
+
+
 def warn(sentence: str) -> None:
-    """Log one line about this host that is no change and no error, once a run (at prepare)."""
-    if not host.state.is_executing:
+    """Log one line about this host that is no change and no error, once a run."""
+    if not _said_already():
         logger.warning(f"{host.print_prefix}{host.name}: {sentence}")
 
 
 def show_diff(path: str, old: str | None, new: str | None) -> None:
     """Print how the text of `path` will change, when the run was started with --diff. None: no such file.
 
-    Only at prepare, so once. Never call it with a secret.
+    Once a run. Never call it with a secret.
     """
-    if host.state.is_executing or not host.state.config.DIFF:
+    if _said_already() or not host.state.config.DIFF:
         return
     lines = difflib.unified_diff(
         (old or "").splitlines(),

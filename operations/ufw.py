@@ -73,10 +73,23 @@ def is_ours(rule: str) -> bool:
     return f" comment '{MARK}" in rule
 
 
-def foreign(rules: Sequence[str]) -> list[str]:
-    """The rules that are not ours: neither marked nor, but for the comment, one we want."""
+def traffic(rule: str) -> str:
+    """What a rule is about, whatever it does with it: ufw keeps one rule for that, the last one given."""
+    _, *words = bare(rule).split()
+    return " ".join(word for word in words if word not in ("log", "log-all"))
+
+
+def contradicting(rules: Sequence[str]) -> list[str]:
+    """The rules that say something else about the very traffic of ours. They cannot stand beside them."""
+    about = {traffic(rule.text) for rule in WANTED}
     wanted = {rule.text for rule in WANTED}
-    return [rule for rule in rules if not is_ours(rule) and bare(rule) not in wanted]
+    return [rule for rule in rules if traffic(rule) in about and bare(rule) not in wanted]
+
+
+def foreign(rules: Sequence[str]) -> list[str]:
+    """The rules that are not ours: neither marked nor about the traffic ours are about."""
+    about = {traffic(rule.text) for rule in WANTED}
+    return [rule for rule in rules if not is_ours(rule) and traffic(rule) not in about]
 
 
 def closes(rule: str) -> bool:
@@ -92,7 +105,8 @@ def changes(rules: Sequence[str], *, prune_foreign: bool) -> Changes:
     (ufw lists a rule for IPv6 alone after all others; where such a one stands among ours is not seen.)
     """
     texts = {rule.text for rule in WANTED}
-    delete = [bare(rule) for rule in rules if is_ours(rule) and bare(rule) not in texts]
+    gone = [rule for rule in rules if is_ours(rule) and bare(rule) not in texts] + contradicting(rules)
+    delete = list(dict.fromkeys(bare(rule) for rule in gone))
     kept = [rule for rule in rules if bare(rule) not in delete]
     if prune_foreign:
         strangers = foreign(kept)
@@ -218,6 +232,9 @@ def exactly(prune_foreign: bool = False) -> Commands:
     """
     firewall = host.get_fact(Ufw)
     ipv6 = host.get_fact(System)["ipv6"]
+    replaced = contradicting(firewall["rules"])
+    if replaced:
+        warn(f"firewall: replaced by ours, which they contradict: {'; '.join(replaced)}")
     strangers = foreign(firewall["rules"])
     if strangers and not prune_foreign:
         warn(f"firewall: left alone, not ours: {'; '.join(strangers)} (prune_foreign = true removes them)")

@@ -447,7 +447,7 @@ class Apply:
         self._try(problems, lambda: self.host.systemctl("daemon-reload"))
         self._restore_service(problems)
         seen = self._wait(self.before.listeners)
-        if not self.before.listeners <= seen:
+        if not _answers(self.before.listeners, seen):
             # The unit's drop-in refuses to start a public sshd, and the old state may have been just that.
             self.say(f"sshd: the old state does not start; starting it without {sshd.UNIT_DROP_IN}")
             self._try(problems, lambda: self.host.write(sshd.UNIT_DROP_IN, Saved(data=None)))
@@ -457,7 +457,7 @@ class Apply:
             seen = self._wait(self.before.listeners)
         for problem in problems:
             self.say(f"sshd: while undoing: {problem}")
-        if self.before.listeners <= seen:
+        if _answers(self.before.listeners, seen):
             self.say(f"sshd: the old state is back; it listens on {_endpoints(seen)}")
         else:
             self.say(
@@ -501,6 +501,14 @@ class Apply:
             self._try(problems, lambda: self.host.systemctl("disable", sshd.UNIT))
         elif service.enabled == "masked":
             self._try(problems, lambda: self.host.systemctl("mask", sshd.UNIT))
+
+
+def _answers(before: frozenset[sshd.Listener], seen: frozenset[sshd.Listener]) -> bool:
+    """Whether everyone who reached sshd before reaches it now: by the same address, or by the wildcard."""
+    return all(
+        listener in seen or ("::" if ":" in listener[0] else "0.0.0.0", listener[1]) in seen  # noqa: S104
+        for listener in before
+    )
 
 
 def _endpoints(listeners: frozenset[sshd.Listener]) -> str:
