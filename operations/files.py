@@ -22,6 +22,8 @@ temp=$(mktemp -- "$(dirname -- "$1")/.quietport.XXXXXXXXXX")
 trap 'rm -f -- "$temp"' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 cat >"$temp"
+# A cut link looks like the end of the input: half a file must not take the whole one's place.
+[ "$(wc -c <"$temp")" -eq "$5" ] || { echo "$1: the upload was cut off; nothing was changed" >&2; exit 1; }
 chown -- "$3:$4" "$temp"
 chmod -- "$2" "$temp"
 sync -- "$temp"
@@ -44,7 +46,8 @@ def write(
 ) -> StringCommand:
     """The command that puts `content` at `path` in one step; its directory must exist."""
     stdin = content if isinstance(content, Secret) else as_bytes(content)
-    return script(_WRITE, path, mode, user, group, stdin=stdin, timeout=WRITE_TIMEOUT_S)
+    size = str(len(as_bytes(content)))
+    return script(_WRITE, path, mode, user, group, size, stdin=stdin, timeout=WRITE_TIMEOUT_S)
 
 
 def same_file(
