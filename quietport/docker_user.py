@@ -40,8 +40,14 @@ class Place:
 PLACES = (
     Place("mangle", "QUIETPORT-FORWARD", f"-A FORWARD {MARK} -j QUIETPORT-FORWARD"),
     # Written as Docker writes it: it then moves this jump instead of adding one. tailscaled puts its own
-    # chain first when it starts; that one accepts only what comes from or goes to the tailnet.
-    Place("filter", "DOCKER-USER", "-A FORWARD -j DOCKER-USER", harmless=("-A FORWARD -j ts-forward",)),
+    # chain first when it starts; that one accepts only what comes from or goes to the tailnet. Older Dockers
+    # put their isolation first; that one accepts nothing.
+    Place(
+        "filter",
+        "DOCKER-USER",
+        "-A FORWARD -j DOCKER-USER",
+        harmless=("-A FORWARD -j ts-forward", "-A FORWARD -j DOCKER-ISOLATION-STAGE-1"),
+    ),
 )
 
 
