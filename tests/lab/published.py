@@ -64,6 +64,10 @@ def container_addresses(hosts: Hosts, name: str) -> list[str]:
     return [network[key] for network in networks for key in families if network[key]]
 
 
+# What any web server answers to; busybox's wget asks for names of services, and cannot where it is static.
+REQUEST = "printf 'GET / HTTP/1.0\\r\\n\\r\\n'"
+
+
 @contextmanager
 def shield_lowered(hosts: Hosts, name: str) -> Iterator[None]:
     """The same host without our chain, and with the port open: shows that the probe can see it."""

@@ -204,7 +204,7 @@ class Hosts:
     def spec(self, *args: str) -> Done:
         """`pytest tests/spec`, read by this file's hosts."""
         return run(
-            [str(BIN / "pytest"), "-q", "-p", "no:cacheprovider", "tests/spec", *args],
+            [str(BIN / "pytest"), "-q", "-p", "no:cacheprovider", *(args or ["tests/spec"])],
             env=self.env(),
             timeout=CONVERGE_TIMEOUT_S,
         )
@@ -290,22 +290,27 @@ class Chapters:
         pytest.fail(reason, pytrace=False)
 
 
-# Runs in the public side's namespace: tries every address until told to stop, prints each that opens.
+# Runs in the public side's namespace: tries every place (all at the same time) once, or until it is told to
+# stop, and prints each that opens, and how often it has tried.
 _PROBER = """
-import json, socket, sys, time
-tries = 0
-while True:
-    for address, port in json.loads(sys.argv[1]):
-        tries += 1
+import json, socket, sys, threading, time
+once = len(sys.argv) > 2
+
+def watch(address, port):
+    while True:
         try:
             socket.create_connection((address, port), timeout=0.7).close()
+            print(json.dumps([address, port]), flush=True)
         except OSError:
-            continue
-        print(json.dumps([time.time(), address, port]), flush=True)
-    print(json.dumps(tries), flush=True)
-    time.sleep(0.1)
-    if len(sys.argv) > 2:
-        break
+            pass
+        print(json.dumps(1), flush=True)
+        if once:
+            return
+        time.sleep(0.1)
+
+threads = [threading.Thread(target=watch, args=place) for place in json.loads(sys.argv[1])]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
 """
 
 
@@ -317,7 +322,7 @@ def prober(target: Target, places: Sequence[Place]) -> list[str]:
 def reachable(target: Target, places: Sequence[Place]) -> set[Place]:
     """Which of these can be connected to from the target's public side, each tried once."""
     lines = [json.loads(line) for line in run([*prober(target, places), "once"]).ok().out.splitlines()]
-    return {(line[1], line[2]) for line in lines if isinstance(line, list)}
+    return {(line[0], line[1]) for line in lines if isinstance(line, list)}
 
 
 @dataclass
@@ -337,9 +342,10 @@ def watched(target: Target, places: Sequence[Place]) -> Iterator[Watch]:
         yield seen
     finally:
         process.terminate()
-        for line in process.communicate(timeout=30)[0].splitlines():
+        # The last line may be cut by the signal.
+        for line in process.communicate(timeout=30)[0].split("\n")[:-1]:
             value = json.loads(line)
             if isinstance(value, int):
-                seen.tries = value
+                seen.tries += value
             else:
-                seen.opened.append((value[1], value[2]))
+                seen.opened.append((value[0], value[1]))

@@ -43,12 +43,16 @@ class Tale:
         """Blank targets, made at the same time, and the operator's hosts file for them."""
         with ThreadPoolExecutor() as pool:
             self.names = sorted(pool.map(lambda w: self.lab.up(kind=w[0], distro=w[1]), self.wanted))
-        # Both sources of Docker in one run: Debian 12 takes Docker's own repository, for compose 2.
         if "c12" in self.names:
             AptRepo.attach(self.lab.run.directory).publish_docker()
-        bookworm = {"c12": {"docker_source": "docker"}}
-        every = {"secrets": {SECRET_PATH: f"env:{SECRET_VARIABLE}"}}
-        self.hosts = Hosts.of(self.lab, "story", every=every, **bookworm)
+        self.hosts = self.vary("story", {SECRET_PATH: f"env:{SECRET_VARIABLE}"})
+
+    def vary(self, word: str, secrets: dict[str, str]) -> Hosts:
+        """The story's hosts file with these secrets.
+
+        Both sources of Docker in one run: Debian 12 takes Docker's own repository, for compose 2.
+        """
+        return Hosts.of(self.lab, word, every={"secrets": secrets}, c12={"docker_source": "docker"})
 
     def public_side(self) -> dict[str, set[Place]]:
         """Which public addresses answer on port 22, per host."""

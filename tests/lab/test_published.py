@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from urllib.parse import urlsplit
+
 import pytest
 
-from tests.lab.published import Published, container_addresses, shield_lowered
-from tests.lab.story import reachable, watched
+from lab.tailnet import Tailnet
+from tests.lab.published import PORT, REQUEST, Published, container_addresses, shield_lowered
+from tests.lab.story import reachable, run, watched
 from tests.lab.tale import Tale
 
 DISTURBANCES = (
@@ -36,6 +40,9 @@ def test_the_probe_would_have_seen_it(tale: Tale, published: dict[str, Published
             assert {place for place in one.ports if "." in place[0]} <= seen
             assert {place for place in seen if ":" in place[0]}
             assert {place for place in seen if place[1] == 80}
+            with watched(one.target, one.ports) as watch:
+                time.sleep(3)
+            assert watch.opened
         assert reachable(one.target, one.places) == set()
 
 
@@ -46,7 +53,7 @@ def test_it_stays_closed_throughout(tale: Tale, published: dict[str, Published],
             tale.hosts.ssh(name, f"{disturbance} && sleep 3").ok()
             tale.hosts.ssh(name, "docker ps -q --filter name=e2e").ok()
         assert seen.opened == []
-        assert seen.tries > len(one.places)
+        assert seen.tries > 3 * len(one.places)
 
 
 def test_containers_still_reach_out(tale: Tale, published: dict[str, Published]) -> None:
@@ -54,16 +61,19 @@ def test_containers_still_reach_out(tale: Tale, published: dict[str, Published])
     for name, one in published.items():
         # The repository that the lab serves: plain HTTP, and outside of the host.
         sources = "/etc/apt/sources.list.d/tailscale.sources"
-        url = tale.hosts.ssh(name, f"sed -n 's/^URIs: *//p' {sources}").ok().out.strip()
+        url = urlsplit(tale.hosts.ssh(name, f"sed -n 's/^URIs: *//p' {sources}").ok().out.strip())
         for container in ("e2e-bridge", "e2e-network"):
-            fetch = f"/bin/busybox wget -q -T 20 -O /dev/null {url}/trixie.noarmor.gpg"
-            tale.hosts.ssh(name, f"docker exec {container} {fetch}").ok()
+            ask = f"docker exec -i {container} /bin/busybox nc -w 20 {url.hostname} {url.port or 80}"
+            assert "HTTP/1" in tale.hosts.ssh(name, f"{REQUEST} | {ask}").ok().out
         assert container_addresses(tale.hosts, name)
         assert one.places
 
 
 def test_the_tailnet_reaches_what_is_published(tale: Tale, published: dict[str, Published]) -> None:
     """Closed to the public only: the tailnet may come in, that is what the port is published for."""
+    tailnet = Tailnet.attach(tale.lab.run.directory)
     for name in published:
-        rules = tale.hosts.ssh(name, "iptables -S DOCKER-USER").ok().out
-        assert "-i tailscale0 -j RETURN" in rules
+        carry = tailnet.proxy_command.replace("%h", tailnet.node(name).addresses[0])
+        for port in (PORT, PORT + 1):
+            answer = run(["sh", "-c", f"{REQUEST} | {carry.replace('%p', str(port))}"])
+            assert "HTTP/1" in answer.out, answer.err

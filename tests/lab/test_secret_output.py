@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.story import DEPLOY, SECRET_PATH, Hosts, canary
+from tests.lab.story import DEPLOY, SECRET_PATH, SECRET_VARIABLE, Hosts, canary
 from tests.lab.tale import Tale
 
 OTHER = "/etc/e2e-canary/key"
@@ -21,8 +21,7 @@ LOUD = (
 def pending(tale: Tale) -> Hosts:
     """The same hosts with one more secret, which is not there yet."""
     tale.chapters["spec again"]
-    sources = {SECRET_PATH: "env:QUIETPORT_E2E_CANARY", OTHER: "env:QUIETPORT_E2E_CANARY"}
-    return Hosts.of(tale.lab, "pending", every={"secrets": sources})
+    return tale.vary("pending", dict.fromkeys((SECRET_PATH, OTHER), f"env:{SECRET_VARIABLE}"))
 
 
 @pytest.mark.parametrize("flags", LOUD, ids=" ".join)
