@@ -13,7 +13,13 @@ from pyinfra.context import host
 from operations.common import Commands, refuse
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
 
-_TEMPLATES = Path(__file__).parents[1] / "templates/timers"
+_FOLDER = Path(__file__).parents[1] / "templates/timers"
+_TEMPLATES = {
+    kind: jinja2.Template(
+        (_FOLDER / f"{kind}.j2").read_text(), keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    for kind in ("service", "timer")
+}
 _NAME = re.compile(r"^[a-z][a-z0-9-]{0,40}$")
 
 
@@ -63,15 +69,9 @@ def unit_files(timer: Timer) -> dict[str, str]:
     """Path = text of the timer's two units. Raises ValueError when its name or program cannot be used."""
     if not _NAME.match(timer.name):
         raise ValueError("a timer's name is lower-case letters, digits and dashes")
-    environment = jinja2.Environment(  # noqa: S701 - unit files, not HTML
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
     values = {"timer": timer, "unit": timer.unit, "command": command_line(timer.program)}
     return {
-        f"{UNIT_FOLDER}/{timer.unit}.{kind}": environment.get_template(f"{kind}.j2").render(values)
-        for kind in ("service", "timer")
+        f"{UNIT_FOLDER}/{timer.unit}.{kind}": template.render(values) for kind, template in _TEMPLATES.items()
     }
 
 
