@@ -555,8 +555,9 @@ def _say(line: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused or undone (the output says which step and why), 2 usage."""
     if argv:
-        print("usage: quietport sshd-apply <PLAN.json", file=sys.stderr)
-        return 2
+        asked = list(argv) in (["--help"], ["-h"])
+        print(f"usage: quietport sshd-apply <PLAN.json\n\n{__doc__}", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     if os.geteuid() != 0:
         print("quietport sshd-apply: only root can do this.", file=sys.stderr)
         return 2

@@ -1,0 +1,115 @@
+"""The gate: shut unless a new login over the tailnet works, and the run goes on over that one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pyinfra.api.command import FunctionCommand, StringCommand
+
+from control.proof import Proof
+from control.settings import HostSettings
+from operations import gate
+
+
+@dataclass
+class Connector:
+    session: Any = None
+
+    def switch(self, session: Any) -> None:
+        self.session = session
+
+
+@dataclass
+class FakeHost:
+    name: str = "vps1"
+    print_prefix: str = ""
+    connector: Connector = field(default_factory=Connector)
+    tailnet: dict[str, Any] = field(default_factory=lambda: {"addresses": ["100.64.0.7"]})
+
+    def get_fact(self, fact: Any) -> dict[str, Any]:
+        return self.tailnet
+
+
+@dataclass
+class World:
+    host: FakeHost
+    proofs: list[tuple[str, Any]]
+    clock: list[float]
+    ok: bool = True
+    blocked: str | None = None
+
+    def passes(self) -> bool:
+        return gate._pass_gate(None, self.host)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    gate.forget_proofs()
+    world = World(FakeHost(), [], [0.0])
+
+    def prove(name: str, addresses: Any) -> Proof:
+        world.proofs.append((name, addresses))
+        session = SimpleNamespace(way="tailnet") if world.ok else None
+        return Proof(ok=world.ok, sentence="vps1: it is said here", session=session)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gate, "prove", prove)
+    monkeypatch.setattr(gate, "settings_for", lambda name: HostSettings(address="192.0.2.1"))
+    monkeypatch.setattr(gate.tailnet, "blocking_reason", lambda state, settings: world.blocked)
+    monkeypatch.setattr(gate.time, "monotonic", lambda: world.clock[0])
+    return world
+
+
+def test_the_run_goes_on_over_the_proved_connection(world: World) -> None:
+    world.host.connector.session = SimpleNamespace(way="public")
+    assert world.passes()
+    assert world.proofs == [("vps1", ["100.64.0.7"])]
+    assert gate.reached_by(world.host) == "tailnet"  # type: ignore[arg-type]
+
+
+def test_a_proof_lasts_a_minute(world: World) -> None:
+    assert world.passes()
+    world.clock[0] = 59
+    assert world.passes()
+    assert len(world.proofs) == 1
+    world.clock[0] = 61
+    assert world.passes()
+    assert len(world.proofs) == 2
+
+
+def test_a_fresh_proof_does_not_count_for_a_run_that_goes_the_public_way(world: World) -> None:
+    assert world.passes()
+    world.host.connector.session = SimpleNamespace(way="public")
+    assert world.passes()
+    assert len(world.proofs) == 2
+
+
+def test_without_a_proof_it_stays_shut(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.ok = False
+    with caplog.at_level("ERROR", logger="pyinfra"):
+        assert not world.passes()
+    assert world.host.connector.session is None
+    assert "vps1: refused: it is said here" in caplog.text
+
+
+def test_a_tailnet_that_will_not_last_is_not_even_tried(world: World) -> None:
+    assert world.passes()
+    world.blocked = "the node's key expires tomorrow"
+    assert not world.passes()
+    assert len(world.proofs) == 1
+
+
+def test_every_risky_command_comes_after_the_proof_and_has_a_limit() -> None:
+    commands = [StringCommand("ufw", "enable"), StringCommand("slow", _timeout=600)]
+    proof, *risky = gate.risky(FakeHost(), commands)  # type: ignore[arg-type]
+    assert isinstance(proof, FunctionCommand)
+    assert proof.function is gate._pass_gate
+    assert [command.connector_arguments["_timeout"] for command in risky] == [120, 600]
+
+
+@pytest.mark.parametrize(("way", "count"), [("public", 1), ("tailnet", 2)])
+def test_some_steps_are_risky_only_over_the_tailnet(way: str, count: int) -> None:
+    host = FakeHost(connector=Connector(SimpleNamespace(way=way)))
+    assert len(list(gate.risky_if_tailnet(host, [StringCommand("x")]))) == count  # type: ignore[arg-type]
