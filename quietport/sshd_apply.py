@@ -278,6 +278,8 @@ class Apply:
         self.before = Before()
         self.touched = False
         self.restarted = False
+        # Whether sshd listened where it is wanted (and perhaps elsewhere too) with the new files.
+        self.answered = False
 
     def __call__(self) -> bool:
         """True when the wanted state is there. False: the old one is, and `say` told why."""
@@ -420,6 +422,7 @@ class Apply:
 
     def _wait_for_listeners(self) -> None:
         seen = self._wait(self.plan.listeners)
+        self.answered = self.plan.listeners <= seen
         if seen != self.plan.listeners:
             raise Failed(
                 f"after {LISTEN_TIMEOUT_S} s sshd listens on {_endpoints(seen)},"
@@ -447,23 +450,40 @@ class Apply:
         self._try(problems, lambda: self.host.systemctl("daemon-reload"))
         self._restore_service(problems)
         seen = self._wait(self.before.listeners)
-        if not _answers(self.before.listeners, seen):
-            # The unit's drop-in refuses to start a public sshd, and the old state may have been just that.
-            self.say(f"sshd: the old state does not start; starting it without {sshd.UNIT_DROP_IN}")
-            self._try(problems, lambda: self.host.write(sshd.UNIT_DROP_IN, Saved(data=None)))
-            self._try(problems, lambda: self.host.systemctl("daemon-reload"))
-            self._try(problems, lambda: self.host.systemctl("reset-failed", sshd.UNIT))
-            self._try(problems, lambda: self.host.systemctl("restart", sshd.UNIT))
-            seen = self._wait(self.before.listeners)
+        outcome = "the old state is back"
+        # The sshd that ran may have been older than the files beside it, which need not start one at all.
+        for what, prepare in self._last_resorts() if not _answers(self.before.listeners, seen) else ():
+            self.say(f"sshd: it does not answer as before; trying {what}")
+            outcome = f"it answers with {what}"
+            seen = self._start_anew(prepare, problems)
+            if _answers(self.before.listeners, seen):
+                break
         for problem in problems:
             self.say(f"sshd: while undoing: {problem}")
         if _answers(self.before.listeners, seen):
-            self.say(f"sshd: the old state is back; it listens on {_endpoints(seen)}")
+            self.say(f"sshd: {outcome}; it listens on {_endpoints(seen)}")
         else:
             self.say(
                 f"sshd: THE OLD STATE IS NOT BACK: it listens on {_endpoints(seen)}, before it was on"
                 f" {_endpoints(self.before.listeners)}. Keep a session open; `journalctl -u ssh` says why"
             )
+
+    def _last_resorts(self) -> list[tuple[str, Callable[[], None]]]:
+        """States in which sshd may answer when the old one does not start, the likeliest first."""
+        # The unit's drop-in refuses to start a public sshd, and the old files may describe just that.
+        without = ("the old files without the unit's drop-in", self._old_files_alone)
+        new = ("the new files", self._swap)
+        return [new, without] if self.answered else [without, new]
+
+    def _old_files_alone(self) -> None:
+        for path, saved in self.before.files.items():
+            self.host.write(path, Saved(None) if path == sshd.UNIT_DROP_IN else saved)
+
+    def _start_anew(self, prepare: Callable[[], None], problems: list[str]) -> frozenset[sshd.Listener]:
+        self._try(problems, prepare)
+        for command in (("daemon-reload",), ("reset-failed", sshd.UNIT), ("restart", sshd.UNIT)):
+            self._try(problems, lambda command=command: self.host.systemctl(*command))  # type: ignore[misc]
+        return self._wait(self.before.listeners)
 
     def _try(self, problems: list[str], action: Callable[[], None]) -> None:
         try:
@@ -556,7 +576,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused or undone (the output says which step and why), 2 usage."""
     if argv:
         asked = list(argv) in (["--help"], ["-h"])
-        print(f"usage: quietport sshd-apply <PLAN.json\n\n{__doc__}", file=sys.stdout if asked else sys.stderr)
+        text = f"usage: quietport sshd-apply <PLAN.json\n\n{__doc__}"
+        print(text, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     if os.geteuid() != 0:
         print("quietport sshd-apply: only root can do this.", file=sys.stderr)

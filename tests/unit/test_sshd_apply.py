@@ -54,6 +54,7 @@ class Machine:
         self.effective = KEYS_ONLY
         self.effective_once_active = KEYS_ONLY
         self.deaf_with: str | None = None
+        self.also: frozenset[sshd.Listener] = frozenset()
 
     def __call__(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         line = " ".join(argv)
@@ -81,7 +82,7 @@ class Machine:
 
     def _restart(self) -> None:
         ours = self.root / sshd.DROP_IN.lstrip("/")
-        self.listening = WANTED if ours.exists() else PUBLIC
+        self.listening = (WANTED if ours.exists() else PUBLIC) | self.also
         if self.deaf_with and self.deaf_with in (self.root / sshd.MAIN.lstrip("/")).read_text():
             self.listening = frozenset()
 
@@ -213,6 +214,21 @@ def test_an_old_state_that_is_not_back_is_said_aloud(machine: Machine) -> None:
     done, said = play(machine)
     assert not done
     assert "THE OLD STATE IS NOT BACK" in said
+
+
+def test_old_files_that_do_not_start_sshd_leave_the_new_ones(machine: Machine) -> None:
+    """It ran over the tailnet with older files than those on disk; going back to these would lock out."""
+    broken = OLD_MAIN + "a line that sshd refuses\n"
+    (machine.root / sshd.MAIN.lstrip("/")).write_text(broken)
+    machine.listening = WANTED
+    machine.also = frozenset({("0.0.0.0", 2222)})
+    machine.deaf_with = "a line that sshd refuses"
+    files = document()["files"] | {sshd.MAIN: {"old_sha256": sha(broken), "text": NEW[sshd.MAIN]}}
+    done, said = play(machine, files=files)
+    assert not done
+    assert "it answers with the new files" in said
+    assert files_of(machine) == NEW
+    assert machine.listening == WANTED | machine.also
 
 
 def test_a_file_that_changed_meanwhile_is_not_overwritten(machine: Machine) -> None:
