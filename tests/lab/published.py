@@ -64,8 +64,9 @@ def container_addresses(hosts: Hosts, name: str) -> list[str]:
     return [network[key] for network in networks for key in families if network[key]]
 
 
-# What any web server answers to; busybox's wget asks for names of services, and cannot where it is static.
-REQUEST = "printf 'GET / HTTP/1.0\\r\\n\\r\\n'"
+# What any web server answers to, and patience for its answer. (busybox's own wget asks for names of
+# services, which a static program cannot.)
+REQUEST = "(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 3)"
 
 
 @contextmanager

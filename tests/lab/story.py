@@ -293,17 +293,21 @@ class Chapters:
 # Runs in the public side's namespace: tries every place (all at the same time) once, or until it is told to
 # stop, and prints each that opens, and how often it has tried.
 _PROBER = """
-import json, socket, sys, threading, time
+import json, os, socket, sys, threading, time
 once = len(sys.argv) > 2
+
+def say(value):
+    # One write a line: print would mix the lines of threads.
+    os.write(1, (json.dumps(value) + "\\n").encode())
 
 def watch(address, port):
     while True:
         try:
             socket.create_connection((address, port), timeout=0.7).close()
-            print(json.dumps([address, port]), flush=True)
+            say([address, port])
         except OSError:
             pass
-        print(json.dumps(1), flush=True)
+        say(1)
         if once:
             return
         time.sleep(0.1)
