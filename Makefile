@@ -7,13 +7,13 @@ LAB := $(PY) -m lab
 # The lab run that these targets use. Never your own hosts: see `lab-hosts`.
 export QUIETPORT_LAB_RUN ?= make
 
-.PHONY: help venv demo test test-all lint types programs unit lock lab-up lab-down lab-hosts
+.PHONY: help venv demo test test-all lint types programs unit fixtures lock lab-up lab-down lab-hosts
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
 	@echo "make test-all          the same, and the VM with Debian 12"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
-	@echo "make venv lint types unit lock"
+	@echo "make venv lint types unit fixtures lock"
 
 venv:
 	@$(PYTHON3) -m lab.bootstrap venv
@@ -29,13 +29,17 @@ types: venv
 	.venv/bin/mypy
 
 unit: venv
-	env -u QUIETPORT_HOSTS .venv/bin/pytest -q
+	env -u QUIETPORT_HOSTS .venv/bin/pytest -q -n 2 tests/unit
+
+# Apart from the unit tests: pyinfra's command line, which these load, patches the standard library.
+fixtures: venv
+	env -u QUIETPORT_HOSTS .venv/bin/pytest -q tests/facts tests/operations
 
 # Root on Debian gets what is missing; otherwise the tests say what they skip, or fail with CI=true.
 programs:
 	-@$(PYTHON3) -m lab.bootstrap lab --target vm --tests
 
-test: lint types programs unit
+test: lint types programs unit fixtures
 	@$(LAB) e2e
 
 test-all: export QUIETPORT_TEST_ALL = 1
