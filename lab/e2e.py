@@ -49,7 +49,7 @@ def leave_a_target() -> None:
     """A blank host to try things on, as `make lab-up` makes it: the tests took theirs down."""
     up = [sys.executable, "-m", "lab", "up"]
     if subprocess.run(up, cwd=bootstrap.PROJECT, check=False).returncode == 0:
-        say("A blank host is left in the lab for `pyinfra inventory deploys/vps.py`; `make lab-down` ends it.")
+        say("A blank host is left for `pyinfra inventory deploys/vps.py`; `make lab-down` ends it.")
 
 
 def select(skipped: Mapping[str, str]) -> list[str]:
