@@ -452,21 +452,26 @@ class Apply:
         seen = self._wait(self.before.listeners)
         outcome = "the old state is back"
         # The sshd that ran may have been older than the files beside it, which need not start one at all.
-        for what, prepare in self._last_resorts() if not _answers(self.before.listeners, seen) else ():
-            self.say(f"sshd: it does not answer as before; trying {what}")
-            outcome = f"it answers with {what}"
-            seen = self._start_anew(prepare, problems)
-            if _answers(self.before.listeners, seen):
+        for what, prepare in self._last_resorts():
+            if self._reachable(seen):
                 break
+            self.say(f"sshd: it does not answer as before; trying {what}")
+            outcome = f"it runs with {what}"
+            seen = self._start_anew(prepare, problems)
         for problem in problems:
             self.say(f"sshd: while undoing: {problem}")
+        now = f"it listens on {_endpoints(seen)}"
+        both = f"{now}, before it was on {_endpoints(self.before.listeners)}"
         if _answers(self.before.listeners, seen):
-            self.say(f"sshd: {outcome}; it listens on {_endpoints(seen)}")
+            self.say(f"sshd: {outcome}; {now}")
+        elif self._reachable(seen):
+            self.say(f"sshd: {outcome}; {both}. The tailnet reaches it. See `journalctl -u ssh`")
         else:
-            self.say(
-                f"sshd: THE OLD STATE IS NOT BACK: it listens on {_endpoints(seen)}, before it was on"
-                f" {_endpoints(self.before.listeners)}. Keep a session open; `journalctl -u ssh` says why"
-            )
+            self.say(f"sshd: NOBODY REACHES IT NOW: {both}. Keep a session open; see `journalctl -u ssh`")
+
+    def _reachable(self, seen: frozenset[sshd.Listener]) -> bool:
+        """Whether the operator gets in: as before, or at least over the tailnet, whence this run comes."""
+        return _answers(self.before.listeners, seen) or _answers(self.plan.listeners, seen)
 
     def _last_resorts(self) -> list[tuple[str, Callable[[], None]]]:
         """States in which sshd may answer when the old one does not start, the likeliest first."""

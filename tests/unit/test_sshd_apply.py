@@ -213,7 +213,7 @@ def test_an_old_state_that_is_not_back_is_said_aloud(machine: Machine) -> None:
     machine.deaf_with = "Port 22"
     done, said = play(machine)
     assert not done
-    assert "THE OLD STATE IS NOT BACK" in said
+    assert "NOBODY REACHES IT NOW" in said
 
 
 def test_old_files_that_do_not_start_sshd_leave_the_new_ones(machine: Machine) -> None:
@@ -226,7 +226,7 @@ def test_old_files_that_do_not_start_sshd_leave_the_new_ones(machine: Machine) -
     files = document()["files"] | {sshd.MAIN: {"old_sha256": sha(broken), "text": NEW[sshd.MAIN]}}
     done, said = play(machine, files=files)
     assert not done
-    assert "it answers with the new files" in said
+    assert "it runs with the new files" in said
     assert files_of(machine) == NEW
     assert machine.listening == WANTED | machine.also
 
