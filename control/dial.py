@@ -290,7 +290,8 @@ def _tcp(route: Route, timeout: float) -> socket.socket:
 def _hint(route: Route) -> str:
     if route.way == "tailnet":
         return "Is this machine on the tailnet, and the host up?"
-    return "Is the host up, and the address right?"
+    # A host that became private elsewhere, or that was forgotten here, is known by its public address only.
+    return "Is the host up, and the address right? If only its tailnet can see it, set tailnet_address."
 
 
 def _why(error: BaseException) -> str:
