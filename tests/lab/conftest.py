@@ -40,9 +40,13 @@ def _kind(story: str) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test of the story is a test of each target it is told on."""
+    """Every test of the story is a test of each target it is told on.
+
+    A module's TOLD_BY names the stories that are enough where the kind of target makes no difference.
+    """
     if "story" in metafunc.fixturenames:
-        told = [pytest.param(name, marks=getattr(pytest.mark, _kind(name))) for name in STORIES]
+        names = getattr(metafunc.module, "TOLD_BY", STORIES)
+        told = [pytest.param(name, marks=getattr(pytest.mark, _kind(name))) for name in names]
         metafunc.parametrize("story", told, scope="session")
 
 

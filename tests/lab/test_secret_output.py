@@ -7,6 +7,7 @@ import pytest
 from tests.lab.story import DEPLOY, SECRET_PATH, SECRET_VARIABLE, Hosts, canary
 from tests.lab.tale import Tale
 
+TOLD_BY = ("fleet",)
 OTHER = "/etc/e2e-canary/key"
 LOUD = (
     ("--dry", "--diff"),
