@@ -5,7 +5,6 @@ from __future__ import annotations
 from tests.lab.story import Lab, reachable
 from tests.lab.tale import Tale
 
-
 # What two labs share on one machine (Docker, subnets, firewall) is the container's part of it.
 TOLD_BY = ("fleet",)
 
