@@ -1,6 +1,6 @@
 """Every path of the operations on units, secrets, timers, the firewall and sshd.
 
-Fixtures as in test_packages_to_tailnet.py, which declares their tags; here besides: `!secret`, the secret
+Fixtures as in fixtures.py, which declares their tags; here besides: `!secret`, the secret
 on standard input, `!write` the command that writes a file (path, mode, content), `!unit` the text of the
 example timer's unit, `!unit-sha256` its digest.
 """
@@ -8,7 +8,6 @@ example timer's unit, `!unit-sha256` its digest.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,16 @@ import pytest
 import yaml
 from pyinfra.api.command import FunctionCommand
 from pyinfra.context import ctx_host, ctx_state
-from pyinfra_testing.operations import make_operation_tests
 from pyinfra_testing.util import FakeState, create_host
 
-import tests.operations.test_packages_to_tailnet as tags
 from control.secret import Secret
 from operations import files, gate, secret, sshd, timers, ufw
 from quietport import sshd as pure
+from tests.operations import fixtures
+from tests.operations.fixtures import digest, scalar
 
 HERE = Path(__file__).parent
 MODULES = ("units", "ufw", "secret", "timers")
-assert tags.digest("") == hashlib.sha256(b"").hexdigest()
-
-
-def _text(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    assert isinstance(node, yaml.ScalarNode)
-    return str(loader.construct_scalar(node))
 
 
 def unit(kind: str) -> str:
@@ -42,7 +35,7 @@ def unit(kind: str) -> str:
 
 
 def _secret(loader: yaml.SafeLoader, node: yaml.Node) -> Secret:
-    return Secret(_text(loader, node).encode(), source="env:X")
+    return Secret(scalar(loader, node).encode(), source="env:X")
 
 
 def _write(loader: yaml.SafeLoader, node: yaml.Node) -> str:
@@ -53,8 +46,8 @@ def _write(loader: yaml.SafeLoader, node: yaml.Node) -> str:
 
 yaml.SafeLoader.add_constructor("!secret", _secret)
 yaml.SafeLoader.add_constructor("!write", _write)
-yaml.SafeLoader.add_constructor("!unit", lambda loader, node: unit(_text(loader, node)).encode())
-yaml.SafeLoader.add_constructor("!unit-sha256", lambda loader, node: tags.digest(unit(_text(loader, node))))
+yaml.SafeLoader.add_constructor("!unit", lambda loader, node: unit(scalar(loader, node)).encode())
+yaml.SafeLoader.add_constructor("!unit-sha256", lambda loader, node: digest(unit(scalar(loader, node))))
 
 
 @pytest.fixture(autouse=True)
@@ -64,21 +57,11 @@ def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
     secret.resolved.cache_clear()
 
 
-FOLDERS = [path for module in MODULES for path in sorted(HERE.glob(f"{module}.*")) if path.is_dir()]
-for folder in FOLDERS:
-    class_name = f"Test_{folder.name.replace('.', '_')}"
-    globals()[class_name] = make_operation_tests("operations", folder.name, folder)
+globals().update(fixtures.tests_of(MODULES))
 
 
 def test_every_operation_has_fixtures() -> None:
-    operations = {
-        f"{module}.{name}"
-        for module in MODULES
-        for name, value in vars(importlib.import_module(f"operations.{module}")).items()
-        if hasattr(value, "_inner") and value.__module__ == f"operations.{module}"
-    }
-    assert operations, "no operation was found"
-    assert {folder for folder in operations if not list((HERE / folder).glob("*.yaml"))} == set()
+    assert fixtures.without_fixtures(MODULES) == set()
 
 
 # --- firewall -----------------------------------------------------------------------------------------
