@@ -22,6 +22,13 @@ def test_it_comes_back_after_a_reboot(reading: Reading) -> None:
     assert unit["enabled"] == "enabled"
 
 
+def test_a_restart_of_its_unit_opens_nothing(reading: Reading) -> None:
+    """Read from systemd: stopping the unit runs nothing that would remove the rules first."""
+    programs = reading.text("systemctl show ufw.service --property=ExecStart,ExecStop")
+    assert "ExecStart={ path=/lib/ufw/ufw-init" in programs, "the positive control"
+    assert "ExecStop={" not in programs
+
+
 def test_incoming_is_denied_and_outgoing_allowed(reading: Reading) -> None:
     defaults = reading.fact(Ufw)["defaults"]
     assert (defaults["incoming"], defaults["outgoing"]) == ("deny", "allow")
