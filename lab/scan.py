@@ -16,7 +16,7 @@ import errno
 import ipaddress
 import json
 import resource
-import select
+import selectors
 import socket
 import struct
 import sys
@@ -72,7 +72,8 @@ def _round(address: str, ports: Sequence[int], seen: Seen, *, timeout: float, co
         socket.AF_INET6 if ipaddress.ip_address(address.partition("%")[0]).version == 6 else socket.AF_INET
     )
     where = socket.getaddrinfo(address, 0, family, socket.SOCK_STREAM)[0][4]
-    poll = select.epoll()
+    # Whatever the system is best at: epoll on Linux, kqueue on macOS.
+    poll = selectors.DefaultSelector()
     waiting: dict[int, tuple[socket.socket, int, float]] = {}
     rest = iter(ports)
     exhausted = False
@@ -84,8 +85,8 @@ def _round(address: str, ports: Sequence[int], seen: Seen, *, timeout: float, co
                     exhausted = True
                     break
                 _begin(family, (where[0], port, *where[2:]), port, seen, poll, waiting, timeout)
-            for fd, _ in poll.poll(0.05, 4096):
-                sock, port, _ = waiting.pop(fd)
+            for key, _ in poll.select(0.05):
+                sock, port, _ = waiting.pop(key.fd)
                 _judge(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), port, seen)
                 _end(sock, poll)
             now = time.monotonic()
@@ -103,7 +104,7 @@ def _begin(
     where: tuple[object, ...],
     port: int,
     seen: Seen,
-    poll: select.epoll,
+    poll: selectors.BaseSelector,
     waiting: dict[int, tuple[socket.socket, int, float]],
     timeout: float,
 ) -> None:
@@ -113,7 +114,7 @@ def _begin(
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     code = sock.connect_ex(where)
     if code == errno.EINPROGRESS:
-        poll.register(sock.fileno(), select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP)
+        poll.register(sock, selectors.EVENT_WRITE)
         waiting[sock.fileno()] = (sock, port, time.monotonic() + timeout)
         return
     _judge(code, port, seen)
@@ -131,8 +132,8 @@ def _judge(code: int, port: int, seen: Seen) -> None:
         seen.silent.append(port)
 
 
-def _end(sock: socket.socket, poll: select.epoll) -> None:
-    poll.unregister(sock.fileno())
+def _end(sock: socket.socket, poll: selectors.BaseSelector) -> None:
+    poll.unregister(sock)
     sock.close()
 
 

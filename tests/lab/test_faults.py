@@ -6,14 +6,17 @@ The tests build on each other: the host that refused a key is the one that the n
 from __future__ import annotations
 
 import json
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab import toolchain
+from lab.process import wait_until
 from lab.tailnet import Tailnet
-from tests.lab.story import DEPLOY, Done, Hosts, Lab, reachable
+from tests.lab.story import DEPLOY, Done, Hosts, Lab, reachable, run
 
 pytestmark = pytest.mark.container
 Blank = tuple[Lab, str]
@@ -45,6 +48,33 @@ def ssh_and_firewall(hosts: Hosts, name: str) -> list[str]:
     listening = "ss -Hlnt 'sport = :22' | awk '{print $4}' | sort; systemctl is-enabled ssh.service"
     firewall = "(command -v ufw >/dev/null && ufw status || echo inactive) | grep -cw inactive"
     return hosts.ssh(name, f"{files}; {listening}; {firewall}; true").ok().out.splitlines()
+
+
+def use_up(tailnet: Tailnet, key: Path, folder: Path) -> None:
+    """Let another node join with a key that is good for one."""
+    tools = toolchain.build(tailnet.cache)
+    socket = folder / "other.sock"
+    daemon = subprocess.Popen(
+        [
+            str(tools.tailscaled),
+            "--tun=userspace-networking",
+            f"--statedir={folder / 'other'}",
+            f"--socket={socket}",
+            "--port=0",
+            "--no-logs-no-support",
+        ],
+        env={"SSL_CERT_FILE": str(tailnet.ca_cert), "TS_DISABLE_PORTMAPPER": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    up = [str(tools.tailscale), f"--socket={socket}", "up", f"--login-server={tailnet.login_server}"]
+    try:
+        wait_until(socket.exists, timeout=20, what="another tailscaled answers")
+        run([*up, f"--auth-key=file:{key}", "--hostname=other", "--timeout=30s"]).ok()
+    finally:
+        daemon.terminate()
+        daemon.wait()
+        tailnet.delete_node("other")
 
 
 def is_public(blank: Blank) -> bool:
@@ -99,7 +129,7 @@ def test_a_key_that_is_no_key_is_a_clear_error(blank: Blank, tmp_path: Path) -> 
     before = ssh_and_firewall(hosts, blank[1])
     done = converge(hosts)
     assert done.code != 0
-    assert "key" in done.text
+    assert "refused: the auth key was rejected" in done.text
     assert "0" * 64 not in done.text
     assert ssh_and_firewall(hosts, blank[1]) == before
     assert is_public(blank)
@@ -112,6 +142,22 @@ def test_an_expired_key_is_a_clear_error(blank: Blank) -> None:
     before = ssh_and_firewall(hosts, name)
     done = converge(hosts)
     assert done.code != 0
+    assert "refused: the auth key has expired" in done.text
+    assert key.read_text().strip() not in done.text
+    assert ssh_and_firewall(hosts, name) == before
+    assert is_public(blank)
+
+
+def test_a_used_up_key_is_a_clear_error(blank: Blank, tmp_path: Path) -> None:
+    lab, name = blank
+    tailnet = Tailnet.attach(lab.run.directory)
+    key = tailnet.auth_key()
+    use_up(tailnet, key, tmp_path)
+    hosts = vary(blank, "usedkey", auth_key=f"file:{key}")
+    before = ssh_and_firewall(hosts, name)
+    done = converge(hosts)
+    assert done.code != 0
+    assert "refused: the auth key was used up" in done.text
     assert key.read_text().strip() not in done.text
     assert ssh_and_firewall(hosts, name) == before
     assert is_public(blank)
