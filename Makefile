@@ -4,8 +4,7 @@ TARGET ?= container
 PY := .venv/bin/python
 LAB := $(PY) -m lab
 
-# The lab run that these targets use. Never your own hosts: see `lab-hosts`.
-export QUIETPORT_LAB_RUN ?= make
+# These targets use a lab run (QUIETPORT_LAB_RUN, else `default`), never your own hosts: see `lab-hosts`.
 
 .PHONY: help venv demo test test-all lint types programs unit fixtures lock lab-up lab-down lab-hosts
 help:
