@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,15 +19,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Errors are one sentence on standard error."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        # Now, not when the interpreter ends: there nobody can catch a reader that has left.
+        sys.stdout.flush()
+        return code
     except PyinfraError as error:
         print(f"quietport: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has what it wanted (`quietport example | head`); the interpreter must not complain.
-        sys.stderr.close()
+        # The reader has what it wanted (`quietport example | head`); the interpreter must not complain
+        # (https://docs.python.org/3/library/signal.html#note-on-sigpipe).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 

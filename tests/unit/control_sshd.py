@@ -83,7 +83,7 @@ class Server:
             f"AuthorizedKeysFile {self.directory}/authorized_keys .ssh/authorized_keys",
             "StrictModes no",
             "PidFile none",
-            "UsePAM no",
+            "UsePAM yes",
         ]
         lines += ["PermitRootLogin yes", "LogLevel VERBOSE", "UseDNS no", *self.options]
         config.write_text("\n".join(lines) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -112,36 +113,53 @@ def test_an_interface_that_is_not_there(joined: None, monkeypatch: pytest.Monkey
     assert "no address is on none0" in failed()
 
 
-@pytest.fixture
-def tailscale_ssh(operator: Operator, server: Server, tmp_path: Path) -> Iterator[Path]:
-    """sshd's work done by a program called tailscaled: what Tailscale SSH looks like from its sessions."""
-    program = tmp_path / "tailscaled"
-    program.write_bytes(Path("/usr/sbin/sshd").read_bytes())
-    program.chmod(0o755)
+# From OpenSSH 9.8 on, sshd only listens; this program carries the session.
+SESSION_PROGRAM = Path("/usr/lib/openssh/sshd-session")
+
+
+def copied(program: Path, to: Path) -> Path:
+    to.write_bytes(program.read_bytes())
+    to.chmod(0o755)
+    return to
+
+
+@contextlib.contextmanager
+def done_by(name: str, server: Server, folder: Path) -> Iterator[Path]:
+    """sshd's work done by a program of another name: what Tailscale SSH looks like from its sessions."""
+    program = copied(Path("/usr/sbin/sshd"), folder / name)
+    config = (server.directory / "sshd_config").read_text()
+    if SESSION_PROGRAM.exists():
+        (folder / "session").mkdir()
+        program, listener = copied(SESSION_PROGRAM, folder / "session" / name), program
+        config = f"SshdSessionPath {program}\n{config}"
+    else:
+        listener = program
+    (folder / "config").write_text(config)
     server.stop()
-    with (tmp_path / "impostor.log").open("wb") as log:
-        process = subprocess.Popen(
-            [str(program), "-D", "-e", "-f", str(server.directory / "sshd_config")], stderr=log
-        )
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([str(listener), "-D", "-e", "-f", str(folder / "config")], stderr=log)
     time.sleep(1)
-    yield program
-    process.terminate()
-    process.wait(10)
+    try:
+        yield program
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
-def test_tailscale_ssh_is_not_sshd(operator: Operator, server: Server, tailscale_ssh: Path) -> None:
+def test_tailscale_ssh_is_not_sshd(operator: Operator, server: Server, tmp_path: Path) -> None:
     operator.host(address="::1", port=server.port)
-    sentence = failed(["127.0.0.1"])
+    with done_by("tailscaled", server, tmp_path):
+        sentence = failed(["127.0.0.1"])
     assert "Tailscale SSH answered at 127.0.0.1 instead of sshd" in sentence
     assert "tailscale set --ssh=false" in sentence
 
 
-def test_any_other_program_is_not_sshd(operator: Operator, server: Server, tailscale_ssh: Path) -> None:
-    other = tailscale_ssh.rename(tailscale_ssh.with_name("dropbear"))
+def test_any_other_program_is_not_sshd(operator: Operator, server: Server, tmp_path: Path) -> None:
     operator.host(address="::1", port=server.port)
-    sentence = failed(["127.0.0.1"])
+    with done_by("dropbear", server, tmp_path) as program:
+        sentence = failed(["127.0.0.1"])
     assert "was not accepted by the host's own sshd" in sentence
-    assert str(other) in sentence
+    assert str(program) in sentence
 
 
 @pytest.mark.parametrize(

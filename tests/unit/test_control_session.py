@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -120,17 +121,21 @@ def test_a_link_that_is_cut_silently_is_noticed(
             session.run("echo again")
 
 
+def descendants(pid: int) -> list[int]:
+    done = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    children = [int(line) for line in done.stdout.split()]
+    return children + [one for child in children for one in descendants(child)]
+
+
 def test_a_link_that_is_closed_is_noticed_at_once(session: Session, server: Server) -> None:
-    children = subprocess.run(
-        ["pgrep", "-P", str(server.process.pid if server.process else 0)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    assert server.process is not None
+    sshd = server.process.pid
 
     def hang_up() -> None:
-        for pid in children:
-            os.kill(int(pid), 9)
+        # Stopped first: one that sees another die would say so before it goes.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in descendants(sshd):
+                os.kill(pid, number)
 
     threading.Timer(0.5, hang_up).start()
     began = time.monotonic()
