@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from lab import toolchain
+from lab import targets, toolchain
 from lab.process import wait_until
 from lab.tailnet import Tailnet
-from tests.lab.story import DEPLOY, Done, Hosts, Lab, reachable, run
+from tests.lab.story import DEPLOY, ROOT, Done, Hosts, Lab, reachable, run
 
 pytestmark = pytest.mark.container
 Blank = tuple[Lab, str]
@@ -210,6 +210,20 @@ def test_a_joined_host_needs_no_key_and_converges(blank: Blank) -> None:
     hosts.apply().ok()
     assert not is_public(blank)
     hosts.spec().ok()
+
+
+def test_the_documented_way_back_in_works_and_is_closed_again(blank: Blank) -> None:
+    """What docs/ssh.md says to type at a provider's console, read from there and typed."""
+    lab, name = blank
+    section = (ROOT / "docs/ssh.md").read_text().partition("until the next converge closes it again:")[2]
+    recipe = section.split("```")[1]
+    assert "systemctl restart ssh" in recipe
+    targets.execute(lab.run, lab.target(name), ["sh", "-ec", recipe])
+    assert is_public(blank)
+    hosts = vary(blank, "keyless", auth_key=None)
+    hosts.apply().ok()
+    assert not is_public(blank)
+    hosts.ssh(name, "ufw delete allow 22/tcp").ok()
 
 
 def test_a_sudo_password_travels_on_stdin(blank: Blank, tmp_path: Path) -> None:
