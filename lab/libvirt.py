@@ -12,6 +12,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ RUNTIME = MACHINE_DIR / "libvirt"
 # domain; stdio_handler "logd" would need a virtlogd beside it.
 QEMU_CONF = 'user = "root"\ngroup = "root"\nstdio_handler = "file"\n'
 
+CHAIN_PREFIX = "LIBVIRT_"
 KVM_WAIT_S = 15
 PANIC = b"Kernel panic - not syncing"
 
@@ -99,9 +101,29 @@ def release(run_: Run) -> None:
         if usage.daemon and alive(usage.daemon):
             with step("stop the lab's libvirt daemon"):
                 stop(usage.daemon)
+        if usage.daemon:
+            _remove_chains()
         shutil.rmtree(RUNTIME / "etc", ignore_errors=True)
         for name in ("usage.json", "libvirtd.log"):
             (RUNTIME / name).unlink(missing_ok=True)
+
+
+def chain_removal(listing: str) -> list[list[str]]:
+    """Arguments of iptables that remove libvirt's own chains from a table (`-S` lists it): jumps, then chains."""
+    lines = [shlex.split(line) for line in listing.splitlines()]
+    chains = [words[1] for words in lines if words[:1] == ["-N"] and words[1].startswith(CHAIN_PREFIX)]
+    rules = [words[1:] for words in lines if words[:1] == ["-A"]]
+    jumps = [rule for rule in rules if rule[-2] == "-j" and rule[-1] in chains]
+    return [["-D", *jump] for jump in jumps] + [[verb, chain] for verb in ("-F", "-X") for chain in chains]
+
+
+def _remove_chains() -> None:
+    """libvirtd leaves its chains behind, empty. Only after a daemon of the lab's: then nobody else's runs."""
+    for program in ("iptables", "ip6tables"):
+        for table in ("filter", "nat", "mangle"):
+            listing = run([program, "-w", "-t", table, "-S"], check=False).stdout
+            for words in chain_removal(listing):
+                run([program, "-w", "-t", table, *words], check=False)
 
 
 def with_user(users: Sequence[str], user: Path) -> tuple[str, ...]:

@@ -361,3 +361,18 @@ def test_ipv4_pool_has_the_network_of_vms_by_hand() -> None:
     (by_hand,) = re.findall(r'setting\("SUBNET", "([^"]+)"\)', VAGRANTFILE.read_text())
     taken_by_runs = {IPV4_POOL.format(number) for number in range(1, 255)}
     assert by_hand not in taken_by_runs
+
+
+def test_what_libvirt_leaves_in_a_table_goes_and_nothing_else() -> None:
+    listing = """-P INPUT ACCEPT
+-N LIBVIRT_INP
+-N MINE
+-A INPUT -j LIBVIRT_INP
+-A INPUT -s 192.0.2.1/32 -m comment --comment "not -j LIBVIRT_INP" -j MINE
+-A LIBVIRT_INP -i virbr0 -j ACCEPT
+"""
+    assert libvirt.chain_removal(listing) == [
+        ["-D", "INPUT", "-j", "LIBVIRT_INP"],
+        ["-F", "LIBVIRT_INP"],
+        ["-X", "LIBVIRT_INP"],
+    ]
