@@ -109,7 +109,7 @@ def release(run_: Run) -> None:
 
 
 def chain_removal(listing: str) -> list[list[str]]:
-    """Arguments of iptables that remove libvirt's own chains from a table (`-S` lists it): jumps, then chains."""
+    """Arguments of iptables that remove libvirt's chains from a table (`-S` lists it): jumps, then chains."""
     lines = [shlex.split(line) for line in listing.splitlines()]
     chains = [words[1] for words in lines if words[:1] == ["-N"] and words[1].startswith(CHAIN_PREFIX)]
     rules = [words[1:] for words in lines if words[:1] == ["-A"]]
