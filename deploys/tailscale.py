@@ -9,7 +9,9 @@ from pyinfra.context import host
 
 from control.settings import HostSettings
 from facts.system import System
+from facts.tailnet import Tailnet
 from operations import apt, tailnet
+from operations.common import unknown_yet
 
 # https://pkgs.tailscale.com/stable: one repository a distribution, one key file a release.
 UPSTREAM = "https://pkgs.tailscale.com/stable"
@@ -47,8 +49,10 @@ def tailscale(settings: HostSettings) -> None:
     tailnet.installed(name="tailscale: installed and running")
     tailnet.joined(name="tailscale: on the tailnet", membership=membership)
     tailnet.preferences(name="tailscale: preferences as declared, Tailscale SSH off", membership=membership)
+    known = host.get_fact(Tailnet)["addresses"]
     tailnet.remembered(
-        name="operator: remember how to reach the host over the tailnet", host_name=host.name
+        name=f"operator: remember the host's tailnet addresses{'' if known else unknown_yet('the join')}",
+        host_name=host.name,
     )
     tailnet.lasting(
         name="tailscale: the host stays on the tailnet",
