@@ -63,6 +63,12 @@ class Stories:
     failed: set[str]
 
 
+def _told_of(item: pytest.Item) -> str | None:
+    """The story a test is about."""
+    parameters = getattr(item, "callspec", None)
+    return parameters.params.get("story") if parameters else None
+
+
 def _missing(kind: str) -> str:
     """What this machine lacks for a target of that kind, as a sentence, or nothing."""
     if os.geteuid() != 0:
@@ -75,7 +81,7 @@ def _missing(kind: str) -> str:
 @pytest.fixture(scope="session")
 def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
     """Start every story that a selected test is about; all run at the same time."""
-    wanted = [name for name in STORIES if any(f"[{name}" in item.name for item in request.session.items)]
+    wanted = [name for name in STORIES if any(_told_of(item) == name for item in request.session.items)]
     told = {name: tell(name, STORIES[name]) for name in wanted if in_ci() or not _missing(_kind(name))}
     stories = Stories(told, set())
     yield stories
