@@ -32,7 +32,16 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("up", help="have a target, with tailnet and public side around it")
     _which(verb)
+    verb.add_argument("--name", help="the target's name (containers; a run has one VM of each Debian)")
+    verb.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME[,NAME...]",
+        help="a host that is not blank, with all of these; once more for one more target",
+    )
     verb.add_argument("--fresh", action="store_true", help="make the target anew when it is there")
+    verbs.add_parser("variants", help="the kinds of hosts that are not blank")
     verb = verbs.add_parser("down", help="remove what the run made, and nothing else")
     verb.add_argument("--all", action="store_true", help="every run, not only this one")
     verb = verbs.add_parser("status", help="what there is")
@@ -90,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _act(arguments: argparse.Namespace, run_: Run) -> int:
     verb: str = arguments.verb
     if verb == "up":
-        return _up(run_, arguments.target, arguments.distro, fresh=arguments.fresh)
+        return _up(run_, arguments)
+    if verb == "variants":
+        return _variants()
     if verb == "down":
         return _down(all_runs() if arguments.all else [run_])
     if verb == "status":
@@ -139,16 +150,31 @@ def _act_on(arguments: argparse.Namespace, run_: Run, target: Target) -> int:
     return 0
 
 
-def _up(run_: Run, kind: str, distro: str, *, fresh: bool) -> int:
+def _up(run_: Run, arguments: argparse.Namespace) -> int:
     from lab import up
 
+    asked = [tuple(text.split(",")) for text in arguments.variant] or [()]
+    if arguments.name and len(asked) > 1:
+        raise LabError("One --name for several targets.", hint="Name them one at a time.")
+    kind, distro, name = arguments.target, arguments.distro, arguments.name
+    wanted = [up.Wanted.of(kind, distro, name=name, variants=names) for names in asked]
     bootstrap.ensure_programs(vm=kind == "vm")
     with step(f"lab run {run_.id!r}"):
-        target = up.up(run_, kind, distro, fresh=fresh)
-    say(f"\n{target.name} is up: Debian {distro}, {kind}, {target.public_ip} and {target.public_ip6}.")
+        found = up.up(run_, wanted, fresh=arguments.fresh)
+    for target in found:
+        where = f"{target.public_ip} and {target.public_ip6}"
+        say(f"\n{target.name} is up: Debian {target.distro}, {target.kind}, {where}.")
+        say(f"  log in:      python -m lab --run {run_.id} ssh {target.name}")
     say(f"  hosts file:  {run_.hosts_file}")
-    say(f"  log in:      python -m lab --run {run_.id} ssh {target.name}")
     say(f"  remove all:  python -m lab --run {run_.id} down")
+    return 0
+
+
+def _variants() -> int:
+    from lab.variants import ALL
+
+    for variant in ALL.values():
+        print(f"{variant.name:<16}{variant.what}")
     return 0
 
 

@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lab import engine as engines
 from lab import images, keys, network, public
 from lab.engine import LABEL, Engine
 from lab.process import LabError, run, say, step, wait_until
 from lab.state import Run, Subnet, Target
 
 NAMES = {"trixie": "c13", "bookworm": "c12"}
+NUMBERS = range(20, 100)
 BOOT_TIMEOUT = 90
 CGROUP = Path("/sys/fs/cgroup")
 # Neither the privileged mode nor all capabilities: machines without CAP_SYS_RESOURCE refuse both.
@@ -38,15 +40,26 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEVICES = ("/dev/net/tun", "/dev/fuse")
 
 
-def name_of(distro: str) -> str:
-    """The name of the run's container target with that Debian."""
-    return NAMES[distro]
+def number_for(run_: Run, distro: str, name: str) -> int:
+    """Host number of a target in the run's network: Debian N has N under its usual name, others a free one.
+
+    Its public side is number 100 + N. Raises LabError when none is left.
+    """
+    if name == NAMES[distro]:
+        return int(name[1:])
+    others = [target for target in run_.read().targets.values() if target.kind == "container"]
+    taken = {target.public_ip.rpartition(".")[2] for target in others if target.name != name}
+    free = (number for number in NUMBERS if str(number) not in taken)
+    number = next(free, None)
+    if number is None:
+        sentence = f"Lab run {run_.id!r} has no address left for {name}."
+        raise LabError(sentence, hint="Use another run: --run ID.")
+    return number
 
 
-def describe(run_: Run, distro: str, subnet: Subnet) -> Target:
-    """The target as it will be: Debian N has host number N, its public side number 100 + N."""
-    name = name_of(distro)
-    number = int(name[1:])
+def describe(run_: Run, distro: str, subnet: Subnet, name: str) -> Target:
+    """The target as it will be."""
+    number = number_for(run_, distro, name)
     return Target(
         name=name,
         kind="container",
@@ -61,10 +74,11 @@ def describe(run_: Run, distro: str, subnet: Subnet) -> Target:
     )
 
 
-def create(run_: Run, engine: Engine, distro: str) -> Target:
+def create(run_: Run, distro: str, name: str) -> Target:
     """Boot a blank host and its public side. Raises LabError that says what did not come up."""
+    engine = engines.acquire(run_)
     image = images.ensure(engine, distro)
-    target = run_.save_target(describe(run_, distro, network.ensure_container(run_, engine)))
+    target = run_.save_target(describe(run_, distro, network.ensure_container(run_, engine), name))
     with step(f"blank Debian host {target.name} ({distro}, container)"):
         engine.docker("rm", "--force", "--volumes", _container(target), check=False)
         _make(run_, engine, target, image)
@@ -73,38 +87,42 @@ def create(run_: Run, engine: Engine, distro: str) -> Target:
     return run_.save_target(replace(target, state="running"))
 
 
-def start(run_: Run, engine: Engine, target: Target) -> Target:
+def start(run_: Run, target: Target) -> Target:
     """Start a target that is down, and make its public side whole."""
+    engine = engines.acquire(run_)
     network.ensure_container(run_, engine)
     _boot(engine, target)
     return run_.save_target(replace(target, state="running"))
 
 
-def destroy(run_: Run, engine: Engine | None, target: Target) -> None:
+def destroy(run_: Run, target: Target) -> None:
     """Take a target away, with its public side and its snapshot. Gone already is fine."""
     public.remove(target)
-    if engine:
+    if engine := engines.attached(run_):
         engine.docker("rm", "--force", "--volumes", _container(target), check=False)
         engine.docker("image", "rm", "--force", _snapshot(run_, target), check=False)
     run_.forget_target(target.name)
 
 
-def restart(run_: Run, engine: Engine, target: Target) -> None:
+def restart(run_: Run, target: Target) -> None:
     """Restart it, as a reboot would: every process ends and /run is empty after. Waits for systemd."""
+    engine = _engine(run_)
     engine.docker("restart", "--time", "30", _container(target))
     _boot(engine, target)
     run_.save_target(replace(target, state="running"))
 
 
-def snapshot(run_: Run, engine: Engine, target: Target) -> None:
+def snapshot(run_: Run, target: Target) -> None:
     """Keep the target's disk as it is now, containers in it included. One snapshot, the newest."""
-    execute(engine, target, ["sync"])
+    engine = _engine(run_)
+    _execute(engine, target, ["sync"])
     engine.docker("commit", f"--change=LABEL {LABEL}={run_.tag}", _container(target), _snapshot(run_, target))
     _remove_dangling(run_, engine)
 
 
-def restore(run_: Run, engine: Engine, target: Target) -> None:
+def restore(run_: Run, target: Target) -> None:
     """Boot the target from its snapshot: same name, addresses and host keys. Raises LabError without one."""
+    engine = _engine(run_)
     image = _snapshot(run_, target)
     if engine.docker("image", "inspect", image, check=False).returncode != 0:
         raise LabError(
@@ -116,8 +134,9 @@ def restore(run_: Run, engine: Engine, target: Target) -> None:
     run_.save_target(replace(target, state="running"))
 
 
-def state(engine: Engine | None, target: Target) -> str:
+def state(run_: Run, target: Target) -> str:
     """running or stopped, as Docker sees it; gone when Docker does not know it."""
+    engine = engines.attached(run_)
     if engine is None:
         return "stopped"
     done = engine.docker("inspect", "--format", "{{.State.Running}}", _container(target), check=False)
@@ -127,6 +146,19 @@ def state(engine: Engine | None, target: Target) -> str:
 
 
 def execute(
+    run_: Run,
+    target: Target,
+    command: Sequence[str],
+    *,
+    check: bool = True,
+    timeout: float = 120,
+    input: str | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in the target as root, past its sshd and its firewall: what the lab itself does."""
+    return _execute(_engine(run_), target, command, check=check, timeout=timeout, input=input)
+
+
+def _execute(
     engine: Engine,
     target: Target,
     command: Sequence[str],
@@ -135,7 +167,7 @@ def execute(
     timeout: float = 120,
     input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in the target as root, past its sshd and its firewall: what the lab itself does.
+    """Run a command in the target.
 
     Not `docker exec`: where cgroup v1 and v2 are mixed it fails (EBUSY) as soon as a container ran inside,
     because it wants a process in a control group that by then hands out controllers.
@@ -156,9 +188,9 @@ def execute(
     return done
 
 
-def copy_in(engine: Engine, target: Target, source: Path, destination: str) -> None:
+def copy_in(run_: Run, target: Target, source: Path, destination: str) -> None:
     """Copy a file into the target, past its sshd; it belongs to root."""
-    engine.docker("cp", source, f"{_container(target)}:{destination}")
+    _engine(run_).docker("cp", source, f"{_container(target)}:{destination}")
 
 
 def sweep(run_: Run, engine: Engine | None) -> None:
@@ -172,6 +204,15 @@ def sweep(run_: Run, engine: Engine | None) -> None:
     left = engine.docker("image", "ls", "--quiet", "--filter", label, check=False).stdout.split()
     if left:
         engine.docker("image", "rm", "--force", *sorted(set(left)), check=False)
+
+
+def _engine(run_: Run) -> Engine:
+    found = engines.attached(run_)
+    if found is None:
+        raise LabError(
+            f"The Docker daemon of run {run_.id!r} does not answer.", hint="`python -m lab up` mends it."
+        )
+    return found
 
 
 def _container(target: Target) -> str:
@@ -271,7 +312,7 @@ def _boot(engine: Engine, target: Target) -> None:
     engine.docker("start", _container(target))
 
     def settled() -> str:
-        done = execute(engine, target, ["systemctl", "is-system-running"], check=False, timeout=30)
+        done = _execute(engine, target, ["systemctl", "is-system-running"], check=False, timeout=30)
         word = done.stdout.strip()
         return word if word in ("running", "degraded") else ""
 
@@ -282,7 +323,7 @@ def _boot(engine: Engine, target: Target) -> None:
         hint=f"See: {shlex.join(engine.argv('logs', _container(target)))}",
     )
     if word == "degraded":
-        listed = execute(engine, target, ["systemctl", "--failed", "--plain", "--no-legend"], check=False)
+        listed = _execute(engine, target, ["systemctl", "--failed", "--plain", "--no-legend"], check=False)
         failed = ", ".join(line.split()[0] for line in listed.stdout.splitlines() if line.strip())
         say(f"  {target.name} is up, with failed units: {failed}")
     # Docker may give it another MAC address after a restore; who remembers the old one waits in vain.

@@ -24,7 +24,7 @@ def main(run_: Run, kind: str, distro: str) -> int:
     began = time.monotonic()
     bootstrap.ensure_programs(vm=kind == "vm")
     with step(f"lab run {run_.id!r}: a blank Debian host ({distro}, {kind}), and a tailnet"):
-        target = up.up(run_, kind, distro, fresh=True)
+        [target] = up.up(run_, [up.Wanted.of(kind, distro)], fresh=True)
     _before(target)
     # The demo is about this target: others of the run stay as they are.
     limit = ["--limit", target.name]

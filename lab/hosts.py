@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lab.process import LabError, run
 from lab.state import Run, Target, write
@@ -41,16 +42,24 @@ def hosts_toml(
     identity_file: Path,
     auth_keys: Mapping[str, Path],
     example_secret: Path,
+    more: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The text of hosts.toml: what all targets share in [defaults], address and key of each in its own."""
+    """The text of hosts.toml: what all targets share in [defaults], address and key of each in its own.
+
+    `more` has the keys that a host needs besides, or instead.
+    """
     lines = ["# Written by the lab; `python -m lab up` writes it again.", "", "[defaults]"]
     shared = {"identity_file": str(identity_file), **services.to_json()}
     lines += [f"{key} = {_string(value)}" for key, value in shared.items()]
     lines += ["", "[defaults.secrets]", f"{_string(EXAMPLE_SECRET)} = {_string(f'file:{example_secret}')}"]
     for target in targets:
-        lines += ["", f"[hosts.{target.name}]", f"address = {_string(target.public_ip)}"]
+        own: dict[str, Any] = {"address": target.public_ip}
         if key := auth_keys.get(target.name):
-            lines.append(f"auth_key = {_string(f'file:{key}')}")
+            own["auth_key"] = f"file:{key}"
+        # Strings, numbers, booleans and lists of them are written alike in JSON and in TOML.
+        own |= more.get(target.name, {})
+        lines += ["", f"[hosts.{target.name}]"]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in own.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,19 +13,31 @@ from lab.engine import Engine
 from lab.process import LabError, say, step
 from lab.state import Run, Target, cache_root, write
 from lab.tailnet import Tailnet
+from lab.variants import DETAIL, Around, apply, check, keys_of
 
 CA_FILE = "/usr/local/share/ca-certificates/quietport-lab.crt"
 
 
 @dataclass(frozen=True)
-class Services:
-    """The run's services, up."""
+class Wanted:
+    """A target somebody asks for. Without variants it is blank; `name` is the usual one by default."""
 
-    tailnet: Tailnet
-    repository: AptRepo
+    kind: str
+    distro: str
+    name: str
+    variants: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(kind: str, distro: str, *, name: str | None = None, variants: Sequence[str] = ()) -> Wanted:
+        """Raises LabError when there can be no such target."""
+        check(variants, kind=kind, distro=distro)
+        usual = targets.name_of(kind, distro)
+        if kind == "container":
+            usual = "-".join((usual, *variants))
+        return Wanted(kind, distro, name or usual, tuple(variants))
 
 
-def services(run_: Run) -> Services:
+def services(run_: Run) -> Around:
     """Bring up what the run's targets need and is not up: service address, tailnet, apt repositories."""
     address = network.ensure_service(run_)
     subnet = network.claim(run_, "service")
@@ -33,36 +46,58 @@ def services(run_: Run) -> Services:
     tailnet.start()
     repository = AptRepo(run_.directory, cache_root())
     repository.serve(address)
-    return Services(tailnet, repository)
+    return Around(tailnet, repository)
 
 
-def up(run_: Run, kind: str, distro: str, *, fresh: bool = False) -> Target:
-    """Have a target of that kind and Debian, with everything around it, and write the run's files.
+def up(run_: Run, wanted: Sequence[Wanted], *, fresh: bool = False) -> list[Target]:
+    """Have these targets, with everything around them, and write the run's files.
 
-    One that runs stays as it is, one that is down is started; with `fresh` it is made anew, blank.
+    One that runs stays as it is, one that is down is started; with `fresh` it is made anew.
     Raises LabError that says what did not come up; what there is stays for `logs` and goes with `down`.
     """
-    name = targets.name_of(kind, distro)
     run_.create()
     with run_.lock():
         around = services(run_)
-        old = run_.read().targets.get(name)
-        state = targets.state(run_, old) if old else "gone"
-        # Its key to the tailnet is the last thing a target is given: without one it was never finished.
-        finished = old is not None and "auth_key" in old.detail
-        if old and finished and state in ("running", "stopped") and not fresh:
-            target = old if state == "running" else targets.start(run_, old)
-            say(f"  {name} is there already; `--fresh` makes it anew")
-        else:
-            target = _blank(run_, around, kind, distro, name)
+        there = {want.name: _present(run_, want, fresh=fresh) for want in wanted}
+        missing = [want for want in wanted if there[want.name] is None]
+        new = {want.name: _boot(run_, around, want) for want in missing}
+        # Their scripts install packages and wait; the targets do not wait for each other.
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            finished = list(pool.map(lambda target: _finish(run_, around, target), new.values()))
+        found = {target.name: target for target in (*there.values(), *finished) if target is not None}
         write_files(run_, around)
-    return target
+    return [found[want.name] for want in wanted]
 
 
-def _blank(run_: Run, around: Services, kind: str, distro: str, name: str) -> Target:
-    forget(run_, around.tailnet, name)
-    target = targets.create(run_, kind, distro)
+def _present(run_: Run, want: Wanted, *, fresh: bool) -> Target | None:
+    """The target as it is wanted when it is there, running."""
+    old = run_.read().targets.get(want.name)
+    state = targets.state(run_, old) if old else "gone"
+    # Its key to the tailnet is the last thing a target is given: without one it was never finished.
+    finished = old is not None and "auth_key" in old.detail
+    if old is None or fresh or not finished or state not in ("running", "stopped"):
+        return None
+    is_it = (old.kind, old.distro, old.detail.get(DETAIL, ""))
+    if is_it != (want.kind, want.distro, ",".join(want.variants)):
+        raise LabError(
+            f"{want.name} is there already, and is another kind of host.",
+            hint="`--fresh` makes it anew; `--name` gives this one another name.",
+        )
+    say(f"  {want.name} is there already; `--fresh` makes it anew")
+    return old if state == "running" else targets.start(run_, old)
+
+
+def _boot(run_: Run, around: Around, want: Wanted) -> Target:
+    forget(run_, around.tailnet, want.name)
+    target = targets.create(run_, want.kind, want.distro, want.name)
     _trust(run_, target, around.tailnet.ca_cert)
+    return run_.save_target(replace(target, detail={**target.detail, DETAIL: ",".join(want.variants)}))
+
+
+def _finish(run_: Run, around: Around, target: Target) -> Target:
+    if variants := target.detail[DETAIL]:
+        with step(f"{target.name} becomes {variants}"):
+            apply(run_, target, around)
     return new_auth_key(run_, around.tailnet, target)
 
 
@@ -96,7 +131,7 @@ def _trust(run_: Run, target: Target, certificate: Path) -> None:
     targets.execute(run_, target, ["sh", "-ec", script])
 
 
-def write_files(run_: Run, around: Services) -> None:
+def write_files(run_: Run, around: Around) -> None:
     """hosts.toml and ssh_config of the targets that are up."""
     repository, tailnet = around.repository, around.tailnet
     found = [target for target in run_.read().targets.values() if target.state != "creating"]
@@ -113,6 +148,7 @@ def write_files(run_: Run, around: Services) -> None:
         identity_file=keys.operator_key(run_),
         auth_keys={t.name: Path(t.detail["auth_key"]) for t in found if "auth_key" in t.detail},
         example_secret=hosts.example_secret(run_),
+        more={target.name: keys_of(run_, target) for target in found},
     )
     write(run_.hosts_file, text)
     write_ssh_config(run_, tailnet)

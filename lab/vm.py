@@ -44,11 +44,6 @@ GUEST_ENVIRONMENT = (
 # Names
 
 
-def name_of(distro: str) -> str:
-    """The name of the run's VM target with that Debian."""
-    return NAMES[distro]
-
-
 def number_of(distro: str) -> int:
     """Host number in the run's network, and last byte of the MAC address: the Debian's number."""
     return int(NAMES[distro][1:])
@@ -66,7 +61,7 @@ def directory(run_: Run) -> Path:
 
 def describe(run_: Run, distro: str, subnet: Subnet, *, driver: str) -> Target:
     """The target as it will be: Debian N has host number N, its public side number 100 + N."""
-    name, number = name_of(distro), number_of(distro)
+    name, number = NAMES[distro], number_of(distro)
     return Target(
         name=name,
         kind="vm",
@@ -116,11 +111,15 @@ def vagrant_env(run_: Run, subnet: Subnet, *, driver: str, boxes: Mapping[str, s
 # Coming and going
 
 
-def create(run_: Run, distro: str) -> Target:
+def create(run_: Run, distro: str, name: str) -> Target:
     """Boot a blank host and its public side; one of that name that is there is taken away first.
 
+    A run has one VM of each Debian, with a name of its own: the Vagrantfile describes no others.
     Raises LabError that says what did not come up.
     """
+    if name != NAMES[distro]:
+        sentence = f"The VM with {distro} is called {NAMES[distro]}."
+        raise LabError(sentence, hint="A run has one VM of each Debian; another run may have another.")
     image = box.build(distro)
     subnet = ensure_network(run_)
     driver = libvirt.driver(image.kernel)

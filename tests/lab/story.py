@@ -26,6 +26,7 @@ import pytest
 
 from lab import public
 from lab.state import Run, Target
+from lab.up import Wanted
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -119,10 +120,13 @@ class Lab:
         """`python -m lab ARGS` for this run."""
         return run([sys.executable, "-m", "lab", "--run", self.id, *args], timeout=timeout)
 
-    def up(self, *, kind: str, distro: str) -> str:
-        """Make a blank target and return its name."""
-        self("up", "--target", kind, "--distro", distro, timeout=UP_TIMEOUT_S).ok()
-        return next(t.name for t in self.run.read().targets.values() if (t.kind, t.distro) == (kind, distro))
+    def up(self, *, kind: str, distro: str, name: str | None = None, variants: Sequence[str] = ()) -> str:
+        """Make a target, blank unless it has variants, and return its name."""
+        wanted = Wanted.of(kind, distro, name=name, variants=variants)
+        more = ["--name", name] if name else []
+        more += ["--variant", ",".join(variants)] if variants else []
+        self("up", "--target", kind, "--distro", distro, *more, timeout=UP_TIMEOUT_S).ok()
+        return wanted.name
 
     def down(self) -> Done:
         """Remove what this run made."""

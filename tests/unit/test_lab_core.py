@@ -32,6 +32,7 @@ from lab import (
 )
 from lab.process import LabError, Process
 from lab.state import Run, RunState, Subnet, Target, all_runs, cache_root, current_run_id
+from lab.up import Wanted
 
 SUBNET = Subnet(bridge="qpc-00c0ffee", ipv4="10.213.7.0/24", ipv6="fd71:7069:6574:7::/64")
 TARGET = Target(
@@ -225,6 +226,29 @@ def test_nameservers_a_guest_cannot_use_are_left_out(tmp_path: Path) -> None:
 # Container targets
 
 
+def test_targets_of_one_debian_have_addresses_of_their_own(a_run: Run) -> None:
+    numbers = []
+    for name in ("c13", "c13-a", "c13-b"):
+        target = container.describe(a_run, "trixie", SUBNET, name)
+        a_run.save_target(target)
+        numbers.append(target.public_ip.rpartition(".")[2])
+    assert numbers == ["13", "20", "21"]
+    # Made anew, a target keeps its address.
+    assert container.describe(a_run, "trixie", SUBNET, "c13-a").public_ip.endswith(".20")
+    full = [replace(TARGET, name=f"x{n}", public_ip=SUBNET.host4(n)) for n in container.NUMBERS]
+    for target in full:
+        a_run.save_target(target)
+    with pytest.raises(LabError, match="no address left"):
+        container.describe(a_run, "trixie", SUBNET, "one-more")
+
+
+def test_a_wanted_target_is_named_by_its_variants() -> None:
+    assert Wanted.of("container", "bookworm").name == "c12"
+    assert Wanted.of("container", "trixie", name="host").name == "host"
+    with pytest.raises(LabError, match="No variant 'nonsense'"):
+        Wanted.of("container", "trixie", variants=["nonsense"])
+
+
 def test_cgroup_modes(tmp_path: Path) -> None:
     assert container.cgroup_mode(tmp_path) == "legacy"
     (tmp_path / "unified").mkdir()
@@ -279,6 +303,7 @@ def _hosts_text(tmp_path: Path) -> str:
         identity_file=tmp_path / "operator",
         auth_keys={"c13": Path("/k/a")},
         example_secret=tmp_path / "secret",
+        more={"c13": {"accept_key_expiry": True, "user": "ops"}},
     )
 
 
@@ -290,6 +315,8 @@ def test_the_hosts_file_is_one_the_settings_accept(tmp_path: Path) -> None:
     assert host.auth_key == "file:/k/a"
     assert host.tailnet_proxy == 'tail "scale" nc %h %p'
     assert list(host.secrets) == [hosts.EXAMPLE_SECRET]
+    assert host.accept_key_expiry
+    assert host.user == "ops"
 
 
 def test_the_ssh_config_matches_names_and_both_addresses(a_run: Run, tmp_path: Path) -> None:
