@@ -14,7 +14,7 @@ from lab.process import LabError
 from lab.state import Run, Target
 from lab.variants.model import Around, Variant
 
-__all__ = ["ALL", "DETAIL", "Around", "Variant", "apply", "check", "keys_of", "named", "of"]
+__all__ = ["ALL", "DETAIL", "Around", "Variant", "apply", "begin", "check", "keys_of", "named", "of"]
 
 _MODULES: tuple[Iterable[Variant], ...] = ()
 ALL: Mapping[str, Variant] = {variant.name: variant for module in _MODULES for variant in module}
@@ -57,6 +57,13 @@ def apply(run_: Run, target: Target, around: Around) -> None:
     for variant in of(target):
         text = variant.script(run_, target, around)
         targets.execute(run_, target, ["sh", "-euc", text], timeout=SCRIPT_TIMEOUT_S)
+
+
+def begin(run_: Run, target: Target) -> None:
+    """Do what its variants do at the moment a converge begins. Raises LabError when that fails."""
+    for variant in of(target):
+        if variant.at_converge:
+            targets.execute(run_, target, ["sh", "-euc", variant.at_converge])
 
 
 def keys_of(run_: Run, target: Target) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Variant:
     """Shell text, run as root on the target with `sh -eu`."""
     keys: Callable[[Run, Target], Mapping[str, Any]] = _no_keys
     """What its entry in hosts.toml needs besides."""
+    at_converge: str = ""
+    """Shell text run on the target, as root, at the moment a story's converge begins. It must not wait."""
     kinds: tuple[str, ...] = ("container", "vm")
     distros: tuple[str, ...] = ("trixie", "bookworm")
     conflicts: frozenset[str] = frozenset()
