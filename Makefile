@@ -6,13 +6,13 @@ LAB := $(PY) -m lab
 
 # These targets use a lab run (QUIETPORT_LAB_RUN, else `default`), never your own hosts: see `lab-hosts`.
 
-.PHONY: help venv demo test test-all lint types programs unit fixtures lock lab-up lab-down lab-hosts
+.PHONY: help venv demo test test-all lint types programs unit fixtures docs-table lock lab-up lab-down lab-hosts
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
 	@echo "make test-all          the same, and the VM with Debian 12"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
-	@echo "make venv lint types unit fixtures lock"
+	@echo "make venv lint types unit fixtures docs-table lock"
 
 venv:
 	@$(PYTHON3) -m lab.bootstrap venv
@@ -50,6 +50,10 @@ lab-up: venv
 
 lab-down: venv
 	@$(LAB) down
+
+# docs/when-things-go-wrong.md, from what the last end-to-end run saw.
+docs-table: venv
+	@$(PY) -m tests.lab.table
 
 # Names the lab's hosts file, or fails: `QUIETPORT_HOSTS=$$(make -s lab-hosts) pyinfra inventory ...`
 lab-hosts: venv

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.lab.story import Lab, in_ci
+from tests.lab import record, table
+from tests.lab.story import TOLD, Lab, in_ci
 from tests.lab.tale import Tale, tell
 
 STORIES = {
@@ -33,6 +36,8 @@ MARKERS = {
 def pytest_configure(config: pytest.Config) -> None:
     for name, what in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {what}")
+    # Rows of this run alone, also those that its other processes record.
+    os.environ.setdefault(record.ENV, str(record.directory() / time.strftime(f"%Y%m%dT%H%M%S-{os.getpid()}")))
 
 
 def _kind(story: str) -> str:
@@ -138,3 +143,56 @@ def blank(stories: Stories, request: pytest.FixtureRequest) -> Iterator[tuple[La
 def stranger(tmp_path: Path) -> Path:
     """A directory for keys nobody knows."""
     return tmp_path
+
+
+DIFFERENCES: pytest.StashKey[list[str]] = pytest.StashKey()
+SECONDS: dict[str, float] = defaultdict(float)
+SKIPPED: list[str] = []
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Compare what the tests recorded with the page in the docs; a difference fails the run.
+
+    The page is made from a run of everything that CI runs. A part of that is compared with its part of the
+    page, and a larger run may know more.
+    """
+    larger = os.environ.get("QUIETPORT_TEST_ALL") == "1"
+    run = record.recorded()
+    whole = _is_everything(session.config) and exitstatus == pytest.ExitCode.OK and not (larger or SKIPPED)
+    if whole and run:
+        (record.directory() / table.WHOLE).touch()
+    found = table.differences(table.page_rows(), run, whole=whole, more=larger)
+    session.config.stash[DIFFERENCES] = found
+    if found and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _is_everything(config: pytest.Config) -> bool:
+    """Whether the run was asked for all end-to-end tests."""
+    options = ("keyword", "markexpr", "lf", "deselect", "ignore", "collectonly")
+    selected = any(getattr(config.option, name) for name in options)
+    return not selected and [Path(arg).resolve() for arg in config.args] == [Path(__file__).parent]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up what each module costs, and note what was skipped."""
+    SECONDS[report.nodeid.partition("::")[0]] += report.duration
+    if report.skipped:
+        SKIPPED.append(report.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Where the time went, and what the docs say otherwise."""
+    if SECONDS:
+        terminalreporter.section("seconds")
+    for module, seconds in SECONDS.items():
+        terminalreporter.line(f"{seconds:7.0f} s  {module}")
+    for told in TOLD:
+        times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in told.seconds.items())
+        terminalreporter.line(f"{sum(told.seconds.values()):7.0f} s  story {told.name}: {times}")
+    if found := config.stash.get(DIFFERENCES, []):
+        terminalreporter.section(f"{table.PAGE.relative_to(record.ROOT)} says otherwise", red=True)
+        for line in found:
+            terminalreporter.line(line)
+        terminalreporter.line(f"When the run is right: `{table.COMMAND}`, and commit the page.")

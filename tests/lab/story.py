@@ -27,6 +27,7 @@ import pytest
 from lab import public
 from lab.state import Run, Target
 from lab.up import Wanted
+from tests.lab.record import known_host
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -125,6 +126,7 @@ class Lab:
         wanted = Wanted.of(kind, distro, name=name, variants=variants)
         more = ["--name", name] if name else []
         more += ["--variant", ",".join(variants)] if variants else []
+        known_host(wanted.name)
         self("up", "--target", kind, "--distro", distro, *more, timeout=UP_TIMEOUT_S).ok()
         return wanted.name
 
@@ -254,6 +256,10 @@ def canary() -> str:
     return os.environ.setdefault(SECRET_VARIABLE, f"canary-{secrets.token_hex(16)}")
 
 
+# Every story that was begun, for the summary.
+TOLD: list[Chapters] = []
+
+
 @dataclass
 class Chapters:
     """Named steps of a story that runs in a thread of its own; a test waits for the one it is about.
@@ -262,10 +268,15 @@ class Chapters:
     """
 
     steps: Sequence[tuple[str, Callable[[], Any]]]
+    name: str = ""
+    """What the summary of the test run calls it."""
     results: dict[str, Future[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each step took."""
 
     def start(self) -> Chapters:
         """Begin telling."""
+        TOLD.append(self)
         self.results = {name: Future() for name, _ in self.steps}
         threading.Thread(target=self._tell, daemon=True).start()
         return self
@@ -282,7 +293,8 @@ class Chapters:
             except BaseException as error:
                 failed = f"{name!r} failed: {str(error)[-1500:]}"
                 self.results[name].set_exception(error)
-            print(f"· {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            self.seconds[name] = time.monotonic() - began
+            print(f"· {self.name} {name}: {self.seconds[name]:.0f} s", file=sys.stderr, flush=True)
 
     def __getitem__(self, name: str) -> Any:
         """The result of a step, waited for. A step that failed, or was not reached, fails the test."""

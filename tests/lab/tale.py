@@ -108,6 +108,7 @@ def tell(word: str, wanted: Sequence[tuple[str, str]]) -> Tale:
             ("restart", tale.restart),
             ("closed again", tale.public_side),
             ("spec again", lambda: tale.hosts.spec()),
-        ]
+        ],
+        name=word,
     ).start()
     return tale
