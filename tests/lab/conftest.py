@@ -171,7 +171,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def _is_everything(config: pytest.Config) -> bool:
     """Whether the run was asked for all end-to-end tests."""
     options = ("keyword", "markexpr", "lf", "deselect", "ignore", "collectonly")
-    selected = any(getattr(config.option, name) for name in options)
+    selected = any(getattr(config.option, name, None) for name in options)
     return not selected and [Path(arg).resolve() for arg in config.args] == [Path(__file__).parent]
 
 
