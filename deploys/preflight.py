@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from pyinfra.api.deploy import deploy
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from control.errors import QuietportError
@@ -16,7 +15,7 @@ from facts.sshd import SshdFiles
 from facts.system import System
 from facts.tailnet import Tailnet
 from operations import docker, secret, tailnet
-from operations.common import Commands, refuse
+from operations.common import Commands, operation, refuse
 from quietport.sshd import MAIN
 
 # What was exercised is in docs/supported.md; Ubuntu's files and units were read.

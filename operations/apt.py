@@ -7,14 +7,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pyinfra.api.command import StringCommand
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from facts.apt import Keyring
 from facts.packages import Packages
 from facts.system import System
 from operations import aptwait
-from operations.common import Commands, refuse, script, warn
+from operations.common import Commands, operation, refuse, script, warn
 from operations.files import put_if_needed
 from operations.units import enable_if_needed
 

@@ -4,21 +4,57 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import click
+from paramiko import SSHException
 from pyinfra import logger
+from pyinfra.api.arguments_typed import PyinfraOperation
 from pyinfra.api.command import FunctionCommand, PyinfraCommand, QuoteString, StringCommand
 from pyinfra.api.host import Host
+from pyinfra.api.operation import operation as pyinfra_operation
 from pyinfra.api.state import State
 from pyinfra.context import host
 
+from control.errors import QuietportError
 from control.secret import Secret
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # What an operation yields.
 Commands = Generator[PyinfraCommand, None, None]
+
+
+def operation() -> Callable[[Callable[P, Commands]], PyinfraOperation[P]]:
+    """pyinfra's decorator, for operations that fail one host at most.
+
+    pyinfra ends the run of every host when a generator raises, and goes on with a fact's default when it
+    could not be read. Here an error of ours or of the link refuses this host, and what is not known of a
+    host is not acted upon.
+    """
+
+    def decorate(generate: Callable[P, Commands]) -> PyinfraOperation[P]:
+        @wraps(generate)
+        def one_host_at_most(*args: P.args, **kwargs: P.kwargs) -> Commands:
+            try:
+                for command in generate(*args, **kwargs):
+                    if executing() and host in _failed_hosts():
+                        yield refuse("it did not tell its state (see above), so nothing more is done to it.")
+                        return
+                    yield command
+            except (QuietportError, SSHException, OSError) as error:
+                yield refuse(str(error))
+
+        return pyinfra_operation()(one_host_at_most)
+
+    return decorate
+
+
+def _failed_hosts() -> Iterable[Host]:
+    # Stand-ins for the state in tests of single operations have none.
+    return getattr(host.state, "failed_hosts", ())
 
 
 def refuse(sentence: str) -> FunctionCommand:

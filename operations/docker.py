@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from facts.docker import DAEMON_JSON, Docker
@@ -17,7 +16,7 @@ from facts.system import System
 from facts.units import Units
 from facts.users import GroupMembers
 from operations import apt
-from operations.common import Commands, program, refuse, script, warn
+from operations.common import Commands, operation, program, refuse, script, warn
 from operations.files import put_if_needed
 from operations.units import enable_if_needed, files_if_needed
 

@@ -7,12 +7,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pyinfra.api.command import StringCommand
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from control.secret import Secret
 from facts.files import FileState, FileText
-from operations.common import Commands, program, refuse, script, show_diff
+from operations.common import Commands, operation, program, refuse, script, show_diff
 
 # The temporary file is in the destination's directory: only there is the rename atomic, and no directory
 # that others can write to is involved. `sync` first, or a crash after the rename leaves an empty file.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
-from operations.common import Commands, program
+from operations.common import Commands, operation, program
 from operations.files import put_if_needed
 
 LIBRARY = "/usr/local/lib/quietport"

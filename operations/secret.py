@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from control.errors import SecretError
 from control.secret import Secret, resolve
 from facts.parents import Parents
-from operations.common import Commands, program, refuse
+from operations.common import Commands, operation, program, refuse
 from operations.files import put_if_needed
 
 FILE_MODE = "0600"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from facts.files import FileText
@@ -18,7 +17,7 @@ from facts.sshd import SshdEffective, SshdFiles, SshdProcess
 from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import gate
-from operations.common import Commands, executing, program, refuse, show_diff
+from operations.common import Commands, executing, operation, program, refuse, show_diff
 from operations.programs import LAUNCHER
 from operations.units import is_enabled, is_masked
 from quietport import sshd

@@ -10,7 +10,6 @@ from urllib.parse import parse_qsl, urlencode
 from pyinfra import logger
 from pyinfra.api.command import FunctionCommand, StringCommand
 from pyinfra.api.host import Host
-from pyinfra.api.operation import operation
 from pyinfra.api.state import State
 from pyinfra.connectors.util import CommandOutput
 from pyinfra.context import host
@@ -24,7 +23,7 @@ from facts.packages import Packages
 from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import apt, gate
-from operations.common import Commands, program, refuse, script
+from operations.common import Commands, operation, program, refuse, script
 
 SERVICE = "tailscaled.service"
 UP_TIMEOUT_S = 60

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
-from operations.common import Commands, refuse
+from operations.common import Commands, operation, refuse
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
 
 _FOLDER = Path(__file__).parents[1] / "templates/timers"

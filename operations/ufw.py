@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyinfra.api.command import PyinfraCommand
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from facts.system import System
 from facts.ufw import Ufw
 from facts.units import Units
 from operations import gate
-from operations.common import Commands, executing, program, refuse, script, warn
+from operations.common import Commands, executing, operation, program, refuse, script, warn
 from operations.units import is_enabled
 
 MARK = "quietport: "

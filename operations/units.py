@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from facts.units import Units
-from operations.common import Commands, program
+from operations.common import Commands, operation, program
 from operations.files import put_if_needed
 
 UNIT_FOLDER = "/etc/systemd/system"

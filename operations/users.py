@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyinfra.api.operation import operation
 from pyinfra.context import host
 
 from facts.users import Account, AuthorizedKeys
-from operations.common import Commands, program, refuse, script, warn
+from operations.common import Commands, operation, program, refuse, script, warn
 
 # Debian Policy 9.2.2: below 1000 are the accounts of the system.
 FIRST_USER_ID = 1000
