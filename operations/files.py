@@ -17,7 +17,11 @@ from operations.common import Commands, operation, program, refuse, script, show
 # that others can write to is involved. `sync` first, or a crash after the rename leaves an empty file.
 _WRITE = """set -eu
 umask 077
-temp=$(mktemp -- "$(dirname -- "$1")/.quietport.XXXXXXXXXX")
+folder=$(dirname -- "$1")
+# What a reboot in the middle left behind, perhaps with a secret in it. A run that was killed and still writes
+# loses its file to this, and fails: it is this run's turn.
+rm -f -- "$folder"/.quietport.??????????
+temp=$(mktemp -- "$folder/.quietport.XXXXXXXXXX")
 trap 'rm -f -- "$temp"' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 cat >"$temp"

@@ -33,16 +33,18 @@ STATE_MARK = "quietport-state="
 OAUTH_PREFIX = "tskey-client-"
 LOGGED_OUT = (None, "", "NoState", "NeedsLogin")
 
-# $1 is how long `up` may take, the rest its options; the key comes on standard input. It is a file that only
+# $1 is how long `up` may take, $2 the key's size, the rest options; the key comes on standard input, and when
+# the link is cut it ends early: an empty one would make `up` wait for a login by hand. It is a file that only
 # root can reach, gone on every way out. A node that had no key of its own before is logged out when joining
 # fails: tailscaled would go on trying with a refused key. One that waits for approval waits on.
 _JOIN = """set -eu
 umask 077
-limit=$1; shift
+limit=$1; size=$2; shift 2
 work=$(mktemp -d /run/quietport-join.XXXXXXXXXX)
 trap 'rm -rf -- "$work"' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 cat >"$work/key"
+[ "$(wc -c <"$work/key")" -eq "$size" ] || { echo "the auth key was cut off on its way" >&2; exit 1; }
 status() {
   timeout 15 tailscale status --json --peers=false 2>/dev/null | python3 -I -c \
     'import json, sys; s = json.load(sys.stdin); print(s.get("BackendState"), s.get("HaveNodeKey"))'
@@ -301,7 +303,8 @@ def _join(state: State, host: Host, membership: dict[str, Any]) -> bool:
         key = key_to_use(resolve(wanted.auth_key or "", what=f"{host.name}: auth_key"), tags=wanted.tags)
     except QuietportError as error:
         return _failed(host, str(error))
-    command = script(_JOIN, str(UP_TIMEOUT_S), *wanted.up_options(), stdin=key, timeout=JOIN_TIMEOUT_S)
+    arguments = (str(UP_TIMEOUT_S), str(len(key.reveal())), *wanted.up_options())
+    command = script(_JOIN, *arguments, stdin=key, timeout=JOIN_TIMEOUT_S)
     try:
         ok, output = _run(host, command)
     except TimeoutError:

@@ -17,7 +17,13 @@ NOBODY_ID = 65534
 # keys that are there stay. A file without a last newline would glue our first key to its last line.
 _ADD_KEYS = """set -eu
 home=$(getent passwd -- "$1" | cut -d: -f6)
-exec timeout 30 runuser -u "$1" -- sh -c 'set -eu
+# A cut link looks like the end of the input: half a key must not stay there for good.
+keys=$(cat)
+[ "$(printf %s "$keys" | wc -c)" -eq "$2" ] || {
+  echo "the keys for $1 were cut off; nothing was changed" >&2
+  exit 1
+}
+printf '%s\n' "$keys" | timeout 30 runuser -u "$1" -- sh -c 'set -eu
 umask 077
 mkdir -p -- "$1/.ssh"
 file=$1/.ssh/authorized_keys
@@ -84,4 +90,5 @@ def authorized_keys(user: str, keys: tuple[str, ...]) -> Commands:
     if not missing:
         host.noop("every key is there")
         return
-    yield script(_ADD_KEYS, user, stdin="".join(f"{key}\n" for key in missing).encode(), timeout=60)
+    text = "\n".join(missing).encode()
+    yield script(_ADD_KEYS, user, str(len(text)), stdin=text, timeout=60)

@@ -38,3 +38,12 @@ def test_an_upload_that_was_cut_off_changes_nothing(tmp_path: Path) -> None:
     assert b"cut off" in done.stderr
     assert file.read_text() == OLD
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_reboot_left_behind_goes(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    left, other = tmp_path / ".quietport.AbCdEf0123", tmp_path / ".quietport.conf"
+    left.write_text("half a sec")
+    other.write_text("not a temporary file of ours")
+    assert put(file, "new\n").returncode == 0
+    assert sorted(tmp_path.iterdir()) == sorted([file, other])

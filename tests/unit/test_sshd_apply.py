@@ -6,6 +6,7 @@ import hashlib
 import json
 import pwd
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from quietport import sshd
-from quietport.sshd_apply import Apply, Failed, Host, login_users, parse_plan
+from quietport.sshd_apply import Apply, Failed, Host, login_users, only_one, parse_plan
 
 OLD_MAIN = "Include /etc/ssh/sshd_config.d/*.conf\nPort 22\n"
 NEW = {
@@ -237,6 +238,38 @@ def test_a_file_that_changed_meanwhile_is_not_overwritten(machine: Machine) -> N
     assert not done
     assert "is not what it was when this was planned" in said
     assert files_of(machine) == {sshd.MAIN: "Port 2222\n"}
+
+
+def test_files_that_another_run_wrote_meanwhile_as_wanted_are_no_reason_to_stop(machine: Machine) -> None:
+    """The run before was killed, its sshd-apply went on; this one was planned before that was done."""
+    for path, text in NEW.items():
+        (machine.root / path.lstrip("/")).write_text(text)
+    done, said = play(machine)
+    assert done, said
+    assert files_of(machine) == NEW
+    assert "systemctl restart ssh.service" in machine.ran
+
+
+def test_another_run_is_waited_for(tmp_path: Path) -> None:
+    lock = str(tmp_path / "lock")
+    began, may_end, order = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with only_one(lock):
+            began.set()
+            may_end.wait(10)
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert began.wait(10)
+    with pytest.raises(Failed, match="another sshd-apply still runs after 0 s"), only_one(lock, timeout=0):
+        pass
+    may_end.set()
+    with only_one(lock, timeout=10):
+        order.append("this")
+    thread.join()
+    assert order == ["other", "this"]
 
 
 def test_a_link_in_place_of_a_file_is_refused(machine: Machine) -> None:
