@@ -64,14 +64,19 @@ def hosts_toml(
 
 
 def ssh_config(
-    run_: Run, targets: Iterable[Target], *, tailnet_proxy: str, tailnet: Mapping[str, Iterable[str]]
+    run_: Run,
+    targets: Iterable[Target],
+    *,
+    tailnet_proxy: str,
+    tailnet: Mapping[str, Iterable[str]],
+    users: Mapping[str, str] | None = None,
 ) -> str:
     """OpenSSH configuration: a name takes the way that is open, an address the way that it is on.
 
-    `tailnet` has the tailnet addresses of the targets that joined. One host key is expected on all ways.
+    `tailnet` has the tailnet addresses of the targets that joined, `users` whom to log in as where that is
+    not root. One host key is expected on all ways.
     """
-    common = [
-        "    User root",
+    shared = [
         f"    IdentityFile {_quoted(run_.keys / 'operator')}",
         "    IdentitiesOnly yes",
         f"    UserKnownHostsFile {_quoted(run_.directory / 'known_hosts')}",
@@ -85,11 +90,13 @@ def ssh_config(
             "%", "%%"
         )
         alias = f"    HostKeyAlias {target.name}"
+        common = [f"    User {(users or {}).get(target.name, 'root')}", *shared]
         blocks += [f"Host {target.name}", alias, f"    ProxyCommand {carry} %p", *common, ""]
         blocks += [f"Host {target.public_ip} {target.public_ip6}", alias, *common, ""]
         if addresses := list(tailnet.get(target.name, ())):
             blocks += [f"Host {' '.join(addresses)}", alias, f"    ProxyCommand {tailnet_proxy}", *common, ""]
-    blocks += [f"Host {' '.join(TAILNET_PATTERNS)}", f"    ProxyCommand {tailnet_proxy}", *common]
+    others = ["    User root", *shared]
+    blocks += [f"Host {' '.join(TAILNET_PATTERNS)}", f"    ProxyCommand {tailnet_proxy}", *others]
     return "\n".join(blocks) + "\n"
 
 

@@ -158,7 +158,8 @@ def write_ssh_config(run_: Run, tailnet: Tailnet) -> None:
     """ssh_config, with the tailnet addresses of those that joined by now."""
     addresses = {node.hostname: node.addresses for node in tailnet.nodes() if node.name == node.hostname}
     found = list(run_.read().targets.values())
-    text = hosts.ssh_config(run_, found, tailnet_proxy=tailnet.proxy_command, tailnet=addresses)
+    users = {target.name: user for target in found if (user := keys_of(run_, target).get("user"))}
+    text = hosts.ssh_config(run_, found, tailnet_proxy=tailnet.proxy_command, tailnet=addresses, users=users)
     write(run_.ssh_config, text)
 
 

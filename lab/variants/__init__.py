@@ -12,11 +12,12 @@ from typing import Any
 from lab import targets
 from lab.process import LabError
 from lab.state import Run, Target
+from lab.variants import ssh
 from lab.variants.model import Around, Variant
 
 __all__ = ["ALL", "DETAIL", "Around", "Variant", "apply", "begin", "check", "keys_of", "named", "of"]
 
-_MODULES: tuple[Iterable[Variant], ...] = ()
+_MODULES: tuple[Iterable[Variant], ...] = (ssh.VARIANTS,)
 ALL: Mapping[str, Variant] = {variant.name: variant for module in _MODULES for variant in module}
 
 # The key in a target's detail that has the names of its variants, with commas.
