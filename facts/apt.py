@@ -1,13 +1,20 @@
-"""What a keyring of apt really holds."""
+"""What a keyring of apt really holds, and where apt takes packages from."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import hashlib
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 from pyinfra.api.command import QuoteString, StringCommand
 from pyinfra.api.facts import FactBase
+from typing_extensions import override
+
+from facts.shell import decoded, one_host_at_most, sections, split
 
 PUBLIC_KEY_TAG = 6
 
@@ -82,3 +89,78 @@ class Keyring(FactBase[list[str]]):
             return primary_fingerprints(base64.b64decode("".join(output), validate=True))
         except (ValueError, binascii.Error):
             return []
+
+
+# One line of sources.list(5): type, options in brackets, address, suite.
+_ONE_LINE = re.compile(r"^\s*deb(?:-src)?\s+(?:\[[^\]]*\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)")
+_MAX_SOURCES_BYTES = 1 << 20
+
+
+def sources_in(path: str, text: str) -> list[dict[str, Any]]:
+    """The enabled sources in one file of apt's, in either form (sources.list(5)), in order.
+
+    Each is {path, first, last (lines, from 1), uris, suites}. What is in neither form is left out.
+    """
+    found = _stanzas(text) if path.endswith(".sources") else _lines(text)
+    return [{"path": path, **entry} for entry in found]
+
+
+def _lines(text: str) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if entry := _ONE_LINE.match(line):
+            yield {"first": number, "last": number, "uris": [entry["uri"]], "suites": [entry["suite"]]}
+
+
+def _stanzas(text: str) -> Iterator[dict[str, Any]]:
+    lines = text.splitlines()
+    blank = [number for number, line in enumerate(lines, start=1) if not line.strip()]
+    for before, after in pairwise([0, *blank, len(lines) + 1]):
+        fields = _fields(lines[before : after - 1])
+        enabled = fields.get("enabled", ["yes"])[0].lower()
+        if fields.get("uris") and enabled not in ("no", "false", "0", "off"):
+            place = {"first": before + 1, "last": after - 1}
+            yield {**place, "uris": fields["uris"], "suites": fields.get("suites", [])}
+
+
+def _fields(lines: list[str]) -> dict[str, list[str]]:
+    """The words of each field of a stanza, comments and continuation lines understood."""
+    fields: dict[str, list[str]] = {}
+    name = ""
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        if not line.startswith((" ", "\t")):
+            name, _, line = line.partition(":")
+        fields.setdefault(name.strip().lower(), []).extend(line.split())
+    return {name: words for name, words in fields.items() if words}
+
+
+class Sources(FactBase[list[dict[str, Any]]]):
+    """Where apt takes packages from: [{path, first, last, uris, suites}], enabled ones only.
+
+    `first` and `last` are the lines of the file that make the source, from 1.
+    """
+
+    @override
+    @staticmethod
+    def default() -> list[dict[str, Any]]:
+        return []
+
+    @override
+    def command(self) -> str:
+        return sections(
+            files="for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.list "
+            '/etc/apt/sources.list.d/*.sources; do [ -f "$file" ] && '
+            'printf "%s %s\\n" "$(printf %s "$file" | base64 -w0)" '
+            f'"$(head -c {_MAX_SOURCES_BYTES} "$file" | base64 -w0)"; done; true'
+        )
+
+    @override
+    @one_host_at_most
+    def process(self, output: list[str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for line in split(output, "files")["files"].text.splitlines():
+            name, _, content = line.partition(" ")
+            path = decoded(name, what="the name of a file of apt's sources")
+            found += sources_in(path, decoded(content, what=path))
+        return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pyinfra.api.command import StringCommand
 from pyinfra.context import host
 
-from facts.apt import Keyring
+from facts.apt import Keyring, Sources
 from facts.packages import Packages
 from facts.system import System
 from operations import aptwait
@@ -29,29 +30,49 @@ wait_s=$1; shift
 waiter=$(cat)
 exec </dev/null
 stamp=/run/quietport-apt-updated
-wait_for_apt() { python3 -I -c "$waiter" "$wait_s"; }
-# Always: `dpkg --audit` does not see the journal an interrupted dpkg leaves, on which apt-get fails (ran).
-repair() {
-  dpkg --configure -a --force-confdef --force-confold || {
-    echo "dpkg was interrupted, and 'dpkg --configure -a' does not repair it. Repair it by hand." >&2
-    exit 1
-  }
+# Without python3 a host has neither unattended-upgrades nor cloud-init, which are written in it.
+wait_for_apt() { ! command -v python3 >/dev/null || python3 -I -c "$waiter" "$wait_s"; }
+# Runs a command of apt or dpkg. Another one may come between the wait and it, and lists/lock, archives/lock
+# and dpkg have no timeout of their own: for that reason, and no other, it is tried again.
+alone() {
+  for try in 1 2 3 4 5; do
+    wait_for_apt || exit 1
+    if said=$("$@" 2>&1); then printf '%s\n' "$said"; return 0; fi
+    case "$said" in *'get lock'*|*'Unable to lock'*|*'locked by another process'*) sleep 2 ;; *) break ;; esac
+  done
+  printf '%s\n' "$said" >&2
+  return 1
 }
-# Another apt may start between the wait and the update: lists/lock has no timeout of its own.
+get() {
+  alone apt-get install -y -q --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout="$wait_s" \
+    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold "$@"
+}
 update() {
   for try in 1 2 3; do
-    wait_for_apt
-    if apt-get -q update -o Acquire::Retries=3 "$@"; then return 0; fi
+    if alone apt-get -q update -o Acquire::Retries=3 "$@"; then return 0; fi
     sleep 2
   done
   echo "apt-get update failed three times; what it said is above." >&2
   return 1
 }
+unfinished() {
+  dpkg-query -W -f '${db:Status-Status} ${binary:Package}\n' |
+    sed -nE 's/^(half-installed|unpacked|half-configured|triggers-awaited|triggers-pending) //p' | xargs
+}
+# Always: `dpkg --audit` does not see the journal an interrupted dpkg leaves, on which apt-get fails (ran).
+# dpkg alone does not finish what was unpacked before what it depends on; apt fetches that.
+repair() {
+  if alone dpkg --configure -a --force-confdef --force-confold && [ -z "$(unfinished)" ]; then return 0; fi
+  get --fix-broken --no-remove || { update && get --fix-broken --no-remove; } || true
+  left=$(unfinished)
+  if [ -z "$left" ]; then return 0; fi
+  echo "dpkg was interrupted, and neither 'dpkg --configure -a' nor 'apt-get --fix-broken install'" \\
+    "repairs it. Repair by hand: $left" >&2
+  exit 1
+}
 wait_for_apt
 repair
 """
-
-
 
 _INSTALL = (
     _PREPARE
@@ -60,17 +81,13 @@ for name in "$@"; do
   candidate=$(apt-cache policy -- "$name" | sed -n 's/^  Candidate: //p')
   case "$candidate" in ''|'(none)') fresh= ;; esac
 done
-install() {
-  apt-get install -y -q --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout="$wait_s" \\
-    -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold -- "$@"
-}
 if [ -z "$fresh" ]; then
   update
   touch "$stamp"
-  install "$@"
+  get -- "$@"
 else
   # Lists of today may name a version that the mirror has replaced since.
-  install "$@" || { update; install "$@"; }
+  get -- "$@" || { update; get -- "$@"; }
 fi
 """
 )
@@ -112,6 +129,10 @@ install -m 0644 -o root -g root -- "$work/key" "$path.quietport-new"
 sync -- "$path.quietport-new"
 mv -fT -- "$path.quietport-new" "$path"
 """
+
+# sed keeps the file's mode and owner, and puts the new one in its place by a rename.
+_COMMENT_OUT = 'sed -i -- "$2,$3s/^/$4/" "$1"'
+MARK = "# quietport: "
 
 
 @dataclass(frozen=True)
@@ -222,9 +243,28 @@ def scheduled(timers: tuple[str, ...]) -> Commands:
         host.noop("apt's timers run")
 
 
+def rivals(sources: list[dict[str, Any]], repository: Repository) -> list[dict[str, Any]]:
+    """Sources in other files that name the very repository, as its upstream's own instructions make them.
+
+    apt reads no source at all while two entries for one address and suite name different keyrings:
+    "Conflicting values set for option Signed-By" (apt 2.6 and 3.0, ran).
+    """
+    same = repository.uri.rstrip("/")
+    return [
+        source
+        for source in sources
+        if source["path"] != repository.sources_path
+        and same in (uri.rstrip("/") for uri in source["uris"])
+        and repository.suite in (suite.rstrip("/") for suite in source["suites"])
+    ]
+
+
 @operation()
 def repository(repository: Repository) -> Commands:
-    """A signed repository is known to apt, with exactly the pinned key, and gives its own packages only."""
+    """A signed repository is known to apt, with exactly the pinned key, and gives its own packages only.
+
+    Sources that someone else declared for it are commented out, with a mark.
+    """
     changed = False
     if host.get_fact(Keyring, path=repository.keyring) != [repository.fingerprint]:
         if not repository.site:
@@ -232,6 +272,12 @@ def repository(repository: Repository) -> Commands:
             return
         changed = True
         yield script(_KEY, repository.key_url, repository.fingerprint, repository.keyring, timeout=600)
+    for rival in rivals(host.get_fact(Sources), repository):
+        changed = True
+        where = f"{rival['path']}, line {rival['first']}"
+        warn(f"{where} names the repository {repository.name} too: commented out, ours has the pinned key.")
+        lines = (str(rival["first"]), str(rival["last"]))
+        yield script(_COMMENT_OUT, rival["path"], *lines, MARK)
     # Preferences first: there is no moment in which the repository could give anything else.
     for path, text in (
         (repository.preferences_path, repository.preferences()),

@@ -15,11 +15,12 @@ from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from pyinfra_testing.facts import make_fact_tests
 
-from facts import docker, files, packages, shell, sockets, sshd, system, tailnet, ufw, units
+from facts import apt, docker, files, packages, shell, sockets, sshd, system, tailnet, ufw, units
 
 FIXTURES = Path(__file__).parent
 # Facts of this folder; others keep their tests with their operations.
 COMMANDS: list[tuple[FactBase[Any], tuple[Any, ...]]] = [
+    (apt.Sources(), ()),
     (docker.Docker(), ()),
     (docker.PublishedPorts(), ()),
     (files.FileState(), ("/nowhere/it's",)),

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from facts.apt import primary_fingerprints
+from facts.apt import primary_fingerprints, sources_in
 from operations import apt, aptwait
 
 GPG_KEY_BODY = (
@@ -112,6 +113,19 @@ def test_cloud_init_counts_while_it_runs(tmp_path: Path, monkeypatch: pytest.Mon
         assert aptwait.cloud_init_runs() is runs
 
 
+def test_a_lock_that_is_held_for_ever_ends_the_wait_with_its_holder(
+    lock: Path,
+    holder: subprocess.Popen[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(aptwait, "busy", partial(aptwait.busy, (str(lock),)))
+    monkeypatch.setattr(aptwait, "wait", lambda seconds: aptwait.busy())
+    assert aptwait.main(["900"]) == 1
+    said = capsys.readouterr().err
+    assert f"not free after 900 s: {lock} is held by {aptwait.name_of(holder.pid)}. Wait or end it" in said
+
+
 def test_the_waiter_runs_by_itself_as_it_is_sent() -> None:
     done = subprocess.run(
         [sys.executable, "-I", "-c", apt.waiter().decode(), "0"], capture_output=True, text=True, check=False
@@ -161,3 +175,175 @@ def test_a_repository_gives_its_packages_only() -> None:
     assert "Package: *" in everything
     assert "Pin-Priority: -1" in everything
     assert "Package: one two" in named
+
+
+# Stands for apt-get, dpkg and the rest: says and ends with what its next turn is, and writes down how it was
+# called.
+FAKE = """#!/bin/sh
+name=$(basename "$0")
+echo "$name $*" >>"$FAKES/called"
+turns=$FAKES/$name.turns
+[ -s "$turns" ] || exit 0
+line=$(head -n 1 "$turns")
+sed -i 1d "$turns"
+echo "${line#* }"
+exit "${line%% *}"
+"""
+LOCKED = "100 E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7 (apt-get)"
+
+
+class Host:
+    """A directory of stand-ins, in which scripts of the operations are run as they are sent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("apt-get", "apt-cache", "dpkg", "dpkg-query", "python3", "sleep"):
+            (folder / name).write_text(FAKE)
+            (folder / name).chmod(0o755)
+
+    def turns(self, name: str, *lines: str) -> None:
+        """What calls of this program end with, one after the other: EXIT-CODE OUTPUT; then 0 and nothing."""
+        (self.folder / f"{name}.turns").write_text("".join(f"{line}\n" for line in lines))
+
+    def run(self, text: str, *args: str) -> subprocess.CompletedProcess[str]:
+        text = text.replace("/run/quietport-apt-updated", str(self.folder / "stamp"))
+        env = {"PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}", "FAKES": str(self.folder)}
+        argv = ["sh", "-c", text, "sh", "900", *args]
+        return subprocess.run(argv, input="waiter", env=env, capture_output=True, text=True, check=False)
+
+    def called(self, name: str) -> list[str]:
+        """The arguments of each call of this program, without options that are always there."""
+        lines = (self.folder / "called").read_text().splitlines()
+        return [line.removeprefix(f"{name} ") for line in lines if line.startswith(f"{name} ")]
+
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_nothing_is_repaired_where_nothing_is_broken(fakes: Host) -> None:
+    done = fakes.run(apt._INSTALL, "jq")
+    assert done.returncode == 0, done.stderr
+    assert len(fakes.called("dpkg")) == 1
+    assert [words.split()[0] for words in fakes.called("apt-get")] == ["-q", "install"]
+    assert fakes.called("apt-get")[1].endswith(" -- jq")
+
+
+def test_what_was_unpacked_without_its_dependencies_is_finished_by_apt(fakes: Host) -> None:
+    """`dpkg --configure -a` alone cannot: it says so, and apt fetches what is missing."""
+    fakes.turns("dpkg", "1 dependency problems - leaving unconfigured")
+    done = fakes.run(apt._PREPARE)
+    assert done.returncode == 0, done.stderr
+    (fix,) = fakes.called("apt-get")
+    assert "--fix-broken" in fix
+    # It may bring packages, and never take one away.
+    assert "--no-remove" in fix
+
+
+def test_what_is_half_installed_is_finished_though_dpkg_does_not_mind(fakes: Host) -> None:
+    fakes.turns("dpkg-query", "0 half-installed jq", "0 installed jq")
+    done = fakes.run(apt._PREPARE)
+    assert done.returncode == 0, done.stderr
+    assert "--fix-broken" in fakes.called("apt-get")[0]
+
+
+def test_what_nothing_repairs_is_named(fakes: Host) -> None:
+    fakes.turns("dpkg", "1 dependency problems")
+    fakes.turns("apt-get", *["100 E: Unable to correct problems"] * 2)
+    fakes.turns("dpkg-query", "0 unpacked jq")
+    done = fakes.run(apt._INSTALL, "curl")
+    assert done.returncode == 1
+    assert "Repair by hand: jq" in done.stderr
+    assert not [words for words in fakes.called("apt-get") if words.endswith("curl")]
+
+
+def test_another_apt_that_comes_in_between_is_waited_for_again(fakes: Host) -> None:
+    fakes.turns("apt-get", LOCKED, "0 lists read", LOCKED.replace("lists", "archives"), "0 installed")
+    done = fakes.run(apt._INSTALL, "jq")
+    assert done.returncode == 0, done.stderr
+    assert [words.split()[0] for words in fakes.called("apt-get")] == ["-q", "-q", "install", "install"]
+    # One wait at the start, then one before each command.
+    assert len(fakes.called("python3")) == 1 + 1 + 4
+
+
+def test_a_download_that_fails_is_not_tried_for_ever(fakes: Host) -> None:
+    fakes.turns("apt-get", "0 lists read", *["100 E: Failed to fetch"] * 9)
+    done = fakes.run(apt._INSTALL, "jq")
+    assert done.returncode == 1
+    assert "Failed to fetch" in done.stderr
+    assert len(fakes.called("apt-get")) == 2
+
+
+def test_apt_that_never_gets_free_ends_it_at_once(fakes: Host) -> None:
+    fakes.turns("python3", "1 apt is not free after 900 s: held by x (pid 7).")
+    done = fakes.run(apt._INSTALL, "jq")
+    assert done.returncode == 1
+    assert "held by x (pid 7)" in done.stdout + done.stderr
+    assert len((fakes.folder / "called").read_text().splitlines()) == 1
+
+
+ONE_LINE = """# by hand
+deb [signed-by=/usr/share/keyrings/t.gpg arch=amd64] https://pkgs.example/d trixie main
+#deb https://pkgs.example/d trixie main
+deb-src https://pkgs.example/d/ trixie main
+deb http://deb.example/debian trixie main
+"""
+DEB822 = """Types: deb
+URIs: http://deb.example/debian
+Suites: trixie
+Signed-By:
+ -----BEGIN PGP PUBLIC KEY BLOCK-----
+ .
+
+# by hand
+Types: deb
+URIs:
+ https://pkgs.example/d/
+Suites: sid
+ trixie
+Components: main
+
+Enabled: no
+Types: deb
+URIs: https://pkgs.example/d
+Suites: trixie
+"""
+
+
+def places(path: str, text: str) -> list[tuple[int, int]]:
+    return [(source["first"], source["last"]) for source in apt.rivals(sources_in(path, text), REPOSITORY)]
+
+
+REPOSITORY = apt.Repository(
+    name="t", uri="https://pkgs.example/d", suite="trixie", components=("main",), key_url="", fingerprint="",
+    packages=("t",),
+)  # fmt: skip
+
+
+def test_others_that_name_the_same_repository_are_found_in_both_forms() -> None:
+    assert places("/etc/apt/sources.list.d/x.list", ONE_LINE) == [(2, 2), (4, 4)]
+    assert places("/etc/apt/sources.list.d/x.sources", DEB822) == [(8, 14)]
+    assert places(REPOSITORY.sources_path, DEB822) == []
+
+
+def test_a_source_that_is_commented_out_is_none_any_more(tmp_path: Path) -> None:
+    """The command itself, in both forms; every other line stays as it was."""
+    for name, text in (("x.list", ONE_LINE), ("x.sources", DEB822)):
+        file = tmp_path / name
+        file.write_text(text)
+        file.chmod(0o600)
+        for first, last in places(str(file), text):
+            argv = ["sh", "-c", apt._COMMENT_OUT, "sh", str(file), str(first), str(last), apt.MARK]
+            subprocess.run(argv, check=True)
+        assert places(str(file), file.read_text()) == []
+        assert file.read_text().replace(apt.MARK, "") == text
+        assert len(sources_in(str(file), file.read_text())) == 1
+        assert file.stat().st_mode & 0o777 == 0o600
+
+
+@given(st.text(alphabet=st.sampled_from("deb URIs:Suites \n\t#[]=/."), max_size=200))
+def test_sources_that_are_none_are_no_crash(text: str) -> None:
+    for name in ("x.list", "x.sources"):
+        for source in sources_in(name, text):
+            assert 1 <= source["first"] <= source["last"] <= len(text.splitlines())
