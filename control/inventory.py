@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from control.errors import QuietportError
 from control.settings import fleet
+
+
+def hosts_or_exit() -> list[tuple[str, dict[str, Any]]]:
+    """The same for pyinfra's command line: what is wrong with hosts.toml is one sentence and exit code 1.
+
+    pyinfra would put the file and line of our own code before it.
+    """
+    try:
+        return hosts()
+    except QuietportError as error:
+        sys.exit(f"quietport: {error}")
 
 
 def hosts() -> list[tuple[str, dict[str, Any]]]:

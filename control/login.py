@@ -45,9 +45,10 @@ def one_key(name: str, path: Path, agent_keys: list[paramiko.PKey]) -> Keys:
     Raises ReachError when it is missing, unusable, or encrypted with nobody to ask for the passphrase.
     """
     keys = Keys()
-    if not path.is_file():
+    if not _is_file(path):
         raise ReachError(
-            f"{name}: identity_file {path} is not there.", hint="Create the key, or correct identity_file."
+            f"{name}: identity_file {path} is not there, or may not be looked at.",
+            hint="Create the key, or correct identity_file.",
         )
     held = _held_by_agent(path, agent_keys)
     if held is not None:
@@ -151,7 +152,7 @@ def _add_file(keys: Keys, path: Path, agent_keys: list[paramiko.PKey]) -> None:
     if held is not None:
         keys.add(f"{path} (agent)", held)
         return
-    if not path.is_file():
+    if not _is_file(path):
         return
     try:
         keys.add(str(path), _load(path))
@@ -159,6 +160,13 @@ def _add_file(keys: Keys, path: Path, agent_keys: list[paramiko.PKey]) -> None:
         keys.locked.append(str(path))
     except (PyinfraError, paramiko.SSHException, OSError, ValueError):
         return
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a directory that this user may not enter
+        return False
 
 
 def _held_by_agent(path: Path, agent_keys: list[paramiko.PKey]) -> paramiko.PKey | None:

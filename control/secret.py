@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -20,6 +21,10 @@ from control.errors import SecretError
 MAX_SECRET_BYTES = 1 << 20
 COMMAND_TIMEOUT_S = 60
 SCHEMES = ("env", "file", "command")
+
+# Environment variables that sources name; see `child_environment`.
+_variables: set[str] = set()
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Secret:
@@ -62,16 +67,41 @@ class Secret:
 
 
 def check_source(source: str) -> str:
-    """Return `source` when it has the form of one. Raises ValueError with the forms there are."""
+    """Return `source` when it has the form of one. Raises ValueError with what it must be."""
     scheme, colon, rest = source.partition(":")
     if not colon or scheme not in SCHEMES or not rest.strip():
         # The text may be the secret itself, pasted in the wrong place: it is not repeated.
-        raise ValueError("a secret's source is env:NAME, file:PATH or command:ARGV, not the secret itself")
+        raise ValueError(
+            "must say where the secret is (env:NAME, file:PATH or command:ARGV), and not be the secret itself"
+        )
     if "\0" in source:
-        raise ValueError("a secret's source has no NUL byte in it")
-    if scheme == "command" and not shlex.split(rest)[0]:
-        raise ValueError("a secret's source command:ARGV names a program")
+        raise ValueError("must have no NUL byte in it")
+    if scheme == "env" and not _VARIABLE.fullmatch(rest):
+        raise ValueError(
+            "must name a variable after env:, as in env:TS_AUTHKEY, and not be the secret itself"
+        )
+    if scheme == "command":
+        _check_command(rest)
+    if scheme == "env":
+        _variables.add(rest)
     return source
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of programs this side starts: without the variables that are sources of secrets.
+
+    Whoever may read a process's environment would read them in each of its children as well.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _variables}
+
+
+def _check_command(line: str) -> None:
+    try:
+        argv = shlex.split(line)
+    except ValueError:
+        raise ValueError("must have every quote of its command closed") from None
+    if not argv or not argv[0]:
+        raise ValueError("must name a program after command:")
 
 
 def resolve(source: str, *, what: str) -> Secret:
@@ -82,13 +112,18 @@ def resolve(source: str, *, what: str) -> Secret:
     try:
         scheme, _, rest = check_source(source).partition(":")
     except ValueError as error:
-        raise SecretError(f"{what}: {error}.") from None
+        raise SecretError(f"{what}: its source {error}.", hint="Correct the source.") from None
     reader = {"env": _from_env, "file": _from_file, "command": _from_command}[scheme]
     value = reader(rest, what)
+    # The words of a command may hold a token of another service.
+    shown = f"the command {shlex.split(rest)[0]}" if scheme == "command" else source
     if not value.strip():
-        raise SecretError(f"{what}: its source {source} gave nothing.", hint="Fill it, or remove the secret.")
+        raise SecretError(f"{what}: its source {shown} gave nothing.", hint="Fill it, or change the source.")
     if len(value) > MAX_SECRET_BYTES:
-        raise SecretError(f"{what}: its source {source} gave more than {MAX_SECRET_BYTES} bytes.")
+        raise SecretError(
+            f"{what}: its source {shown} gave more than {MAX_SECRET_BYTES} bytes.",
+            hint="Correct the source.",
+        )
     return Secret(value, source=source)
 
 
@@ -127,13 +162,17 @@ def _from_command(line: str, what: str) -> bytes:
     argv = shlex.split(line)
     try:
         # Its standard error and terminal stay: pass and sops may ask for a passphrase there.
-        done = subprocess.run(argv, stdout=subprocess.PIPE, timeout=COMMAND_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            argv, env=child_environment(), stdout=subprocess.PIPE, timeout=COMMAND_TIMEOUT_S, check=False
+        )
     except OSError as error:
         raise SecretError(
             f"{what}: cannot run {argv[0]}: {error.strerror}.", hint="Install it, or change the source."
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SecretError(f"{what}: {argv[0]} took longer than {COMMAND_TIMEOUT_S} s.") from error
+        raise SecretError(
+            f"{what}: {argv[0]} took longer than {COMMAND_TIMEOUT_S} s.", hint="Run it by hand to see why."
+        ) from error
     if done.returncode != 0:
         raise SecretError(
             f"{what}: {argv[0]} failed with exit code {done.returncode}.", hint="Run it by hand to see why."

@@ -11,6 +11,7 @@ import ipaddress
 import os
 import re
 import shlex
+import stat
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from control.errors import SettingsError
 from control.secret import check_source
 
 ENV_HOSTS = "QUIETPORT_HOSTS"
 DEFAULT_FILE = "hosts.toml"
+READABLE = f"Make it a file you may read, or set {ENV_HOSTS} to another."
 UPSTREAM_LOGIN_SERVER = "https://controlplane.tailscale.com"
 # The primary keys upstream publishes: https://tailscale.com/kb/1031 and
 # https://docs.docker.com/engine/install/debian.
@@ -35,8 +38,11 @@ _USER_NAME = re.compile(r"^[a-z_][a-z0-9_-]{0,30}$")
 _FINGERPRINT = re.compile(r"^[0-9A-F]{40}$")
 _SSH_FINGERPRINT = re.compile(r"^SHA256:[A-Za-z0-9+/]{43}$")
 _TAG = re.compile(r"^tag:[a-z][a-z0-9-]*$")
-# The part of an address and of a command line that must never start an option or a shell construct.
-_ADDRESS = re.compile(r"^[A-Za-z0-9][A-Za-z0-9.:_-]*$|^::[0-9A-Fa-f:]*$")
+# A DNS name, or an alias of ~/.ssh/config. Nothing in it starts an option or a shell construct.
+_DNS_NAME = re.compile(
+    r"(?=.{1,253}$)([A-Za-z0-9]([A-Za-z0-9_-]{0,62})\.)*[A-Za-z0-9]([A-Za-z0-9_-]{0,62})\.?$"
+)
+_WITH_PORT = re.compile(r"^(\[.*\]|[^:]*):\d*$")
 # Directories of the system below /etc: made 0700 for a secret, they would break what reads them.
 _NOT_OURS = frozenset(
     f"/etc/{name}"
@@ -48,6 +54,20 @@ _NOT_OURS = frozenset(
 )
 
 Source = str
+
+CORRECT = "Correct it there; `quietport example` explains every key."
+# pydantic's kinds of error in the words of a TOML file: https://docs.pydantic.dev/latest/errors/validation_errors/
+_WORDS = {
+    "missing": "is missing",
+    "string_type": "must be text in quotes",
+    "int_type": "must be a whole number without quotes",
+    "bool_type": "must be true or false, without quotes",
+    "tuple_type": "must be a list in square brackets",
+    "dict_type": "must be a table",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} or less",
+}
 
 
 class HostSettings(BaseModel):
@@ -162,11 +182,11 @@ class HostSettings(BaseModel):
     def agents(self) -> tuple[str, ...]:
         return self.agent_users
 
-    @field_validator("address", "tailnet_address")
+    @field_validator("address")
     @classmethod
-    def _address(cls, value: str | None) -> str | None:
-        if value is not None and not _ADDRESS.fullmatch(value):
-            raise ValueError("is an IP address or a DNS name")
+    def _address(cls, value: str) -> str:
+        if not _is_ip(value) and (problem := _address_problem(value)):
+            raise ValueError(problem)
         return value
 
     @field_validator("tailnet_address")
@@ -174,21 +194,20 @@ class HostSettings(BaseModel):
     def _tailnet_address(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        try:
-            return str(ipaddress.ip_address(value))
-        except ValueError:
-            raise ValueError("is an IP address") from None
+        if not _is_ip(value):
+            raise ValueError(_address_problem(value) or "must be an IP address, not a name")
+        return _canonical(value)
 
     @field_validator("user")
     @classmethod
     def _user(cls, value: str) -> str:
-        return _check(_USER_NAME, value, "is a user name such as root or admin")
+        return _check(_USER_NAME, value, "must be a user name such as root or admin")
 
     @field_validator("agent_users", "docker_users")
     @classmethod
     def _users(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
-            _check(_USER_NAME, value, "is a list of user names such as agent")
+            _check(_USER_NAME, value, "must be a list of user names such as agent")
         if len(set(values)) != len(values):
             raise ValueError("names a user twice")
         return values
@@ -206,7 +225,7 @@ class HostSettings(BaseModel):
         return (
             value
             if value is None
-            else _check(_HOST_NAME, value, "is lower-case letters, digits and dashes, 63 at most")
+            else _check(_HOST_NAME, value, "must be lower-case letters, digits and dashes, 63 at most")
         )
 
     @field_validator("tailscale_key_fingerprint", "docker_key_fingerprint", mode="before")
@@ -214,7 +233,9 @@ class HostSettings(BaseModel):
     def _fingerprint(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        return _check(_FINGERPRINT, value.replace(" ", "").upper(), "is the 40 hex digits of a primary key")
+        return _check(
+            _FINGERPRINT, value.replace(" ", "").upper(), "must be the 40 hex digits of a primary key"
+        )
 
     @field_validator("host_key")
     @classmethod
@@ -222,21 +243,23 @@ class HostSettings(BaseModel):
         return (
             value
             if value is None
-            else _check(_SSH_FINGERPRINT, value, "is SHA256: and 43 characters, as ssh-keygen -lf prints it")
+            else _check(
+                _SSH_FINGERPRINT, value, "must be SHA256: and 43 characters, as ssh-keygen -lf prints it"
+            )
         )
 
     @field_validator("login_server", "tailscale_repository", "docker_repository")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"https?://[^\s\"'\\]+", value):
-            raise ValueError("is an http(s) address")
+            raise ValueError("must be an address that begins with https:// or http://")
         return value
 
     @field_validator("tailscale_tags")
     @classmethod
     def _tags(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
-            _check(_TAG, value, "is a list of tags such as tag:server")
+            _check(_TAG, value, "must be a list of tags such as tag:server")
         return values
 
     @field_validator("authorized_keys")
@@ -244,7 +267,7 @@ class HostSettings(BaseModel):
     def _keys(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
             if "\n" in value or not re.match(r"^(ssh-|ecdsa-|sk-)\S+ \S+", value):
-                raise ValueError("is a list of public keys as in authorized_keys, without options")
+                raise ValueError("must be a list of public keys as in authorized_keys, without options")
         return values
 
     @field_validator("sudo_password", "login_password", "auth_key")
@@ -256,6 +279,9 @@ class HostSettings(BaseModel):
     @classmethod
     def _secrets(cls, values: dict[str, str]) -> dict[str, str]:
         for path, source in values.items():
+            if not path.startswith("/"):
+                # Path and source may have been swapped, and the source be the secret itself: not repeated.
+                raise ValueError('must be "PATH" = "SOURCE", and one PATH does not begin with /')
             if (
                 not re.fullmatch(r"/etc/[A-Za-z0-9._/-]+", path)
                 or ".." in path.split("/")
@@ -272,7 +298,10 @@ class HostSettings(BaseModel):
                     f"has a file directly in {Path(path).parent}, which others need to read; "
                     "give it a directory of its own, which becomes 0700"
                 )
-            check_source(source)
+            try:
+                check_source(source)
+            except ValueError as error:
+                raise ValueError(f"has for {path!r} a source that {error}") from None
         return values
 
     @field_validator("tailnet_proxy")
@@ -280,9 +309,11 @@ class HostSettings(BaseModel):
     def _proxy(cls, value: str | None) -> str | None:
         if value is not None:
             if "%h" not in value:
-                raise ValueError("needs %h where the host's address goes")
-            if not shlex.split(value):
-                raise ValueError("is a command")
+                raise ValueError("must have %h where the host's address goes")
+            try:
+                shlex.split(value)
+            except ValueError:
+                raise ValueError("must be a command; a quote in it is not closed") from None
         return value
 
     @model_validator(mode="after")
@@ -310,6 +341,30 @@ class Fleet:
     hosts: dict[str, HostSettings]
 
 
+def _is_ip(text: str) -> bool:
+    try:
+        # A zone (fe80::1%eth0) means something on one machine only, and % is expanded in proxy commands.
+        return "%" not in text and bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+def _address_problem(text: str) -> str | None:
+    """Why a text that is no IP address cannot be a host's address either; None for a name."""
+    if "://" in text:
+        return "must be an IP address or a DNS name alone, without a scheme such as ssh://"
+    if "@" in text:
+        return "must be an IP address or a DNS name alone; whom to log in as goes into user"
+    if "/" in text:
+        return "must be the address of one host, not a network or a path"
+    if _WITH_PORT.fullmatch(text):
+        return "must be an IP address or a DNS name alone; the port goes into port"
+    # What ends in a number is no name: the resolver takes 127.1 and 010.0.0.1 for addresses of its own.
+    if not _DNS_NAME.fullmatch(text) or text.rstrip(".").rpartition(".")[2].isdigit():
+        return "must be an IP address or a DNS name"
+    return None
+
+
 def _check(pattern: re.Pattern[str], value: str, rule: str) -> str:
     if not pattern.fullmatch(value):
         raise ValueError(rule)
@@ -330,12 +385,14 @@ def parse_fleet(text: str, *, file: Path) -> Fleet:
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, a thousand brackets
-        raise SettingsError(f"{file}: not TOML: {error}.") from error
+        what = str(error).replace("Cannot overwrite a value", "a key is there twice")
+        raise SettingsError(f"{file}: not TOML: {what}.", hint="Correct that line.") from error
     _refuse_control_characters(document, file, ())
     for key in document:
         if key not in ("defaults", "hosts"):
             raise SettingsError(
-                f"{file}: unknown table {key!r}.", hint=nearest(key, ["defaults", "hosts"]).strip()
+                f"{file}: unknown table {key!r}.{nearest(key, ['defaults', 'hosts'])}",
+                hint="There are [defaults] and [hosts.NAME].",
             )
     defaults = _table(document.get("defaults", {}), file, "[defaults]")
     for key in ("address", "tailnet_address", "hostname", "host_key"):
@@ -357,17 +414,20 @@ def parse_fleet(text: str, *, file: Path) -> Fleet:
 
 def _table(value: Any, file: Path, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise SettingsError(f"{file}: {where} is not a table.")
+        raise SettingsError(f"{file}: {where} is not a table.", hint="Its keys go below a line of their own.")
     return value
 
 
 def _refuse_control_characters(value: Any, file: Path, where: tuple[str, ...]) -> None:
     """A line break in a value would become a line of its own in a file it is written to."""
     if isinstance(value, str) and any(ord(char) < 32 or ord(char) == 127 for char in value):
-        raise SettingsError(f"{file}: {'.'.join(where)}: has a control character in it.")
+        place = f"[{'.'.join(where[:-1])}]: {where[-1]}" if where[1:] else where[0]
+        raise SettingsError(
+            f"{file}: {place} has a line break or another control character in it.", hint="Take it out."
+        )
     if isinstance(value, dict):
         for key, part in value.items():
-            _refuse_control_characters(key, file, (*where, repr(key)))
+            _refuse_control_characters(key, file, (*where, "a key"))
             _refuse_control_characters(part, file, (*where, key))
     if isinstance(value, list):
         for part in value:
@@ -399,13 +459,17 @@ def _anchored(values: dict[str, Any], directory: Path) -> dict[str, Any]:
 def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path) -> HostSettings:
     if not _HOST_NAME.fullmatch(name):
         raise SettingsError(
-            f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most."
+            f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most.",
+            hint="Rename it.",
         )
     known = list(HostSettings.model_fields)
     for where, keys in (("[defaults]", defaults), (f"[hosts.{name}]", table)):
         for key in keys:
             if key not in known:
-                raise SettingsError(f"{file}: {where}: unknown key {key!r}.{nearest(key, known)}")
+                raise SettingsError(
+                    f"{file}: {where}: unknown key {key!r}.{nearest(key, known)}",
+                    hint="`quietport example` explains every key.",
+                )
     merged = {**defaults, **table}
     if isinstance(defaults.get("secrets"), dict) and isinstance(table.get("secrets"), dict):
         merged["secrets"] = {**defaults["secrets"], **table["secrets"]}
@@ -414,23 +478,40 @@ def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path
     except ValidationError as error:
         # The input may be a secret pasted in the wrong place: pydantic's own text would repeat it.
         first = error.errors(include_input=False, include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise SettingsError(f"{file}: [hosts.{name}]: {key or 'the host'}: {message}.") from None
+        key = str(first["loc"][0]) if first["loc"] else ""
+        where = "[defaults]" if key in defaults and key not in table else f"[hosts.{name}]"
+        raise SettingsError(f"{file}: {where}: {_problem(first)}.", hint=CORRECT) from None
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What pydantic found, as the key and what it must be."""
+    key, *inside = error["loc"] or ("",)
+    words = _WORDS.get(error["type"], "").format(**error.get("ctx", {}))
+    # A part is a place in a list, or a path in `secrets`.
+    parts = "".join(f", entry {part + 1}" if isinstance(part, int) else f", {part!r}" for part in inside)
+    return f"{key}{parts} {words or str(error['msg']).removeprefix('Value error, ')}".strip()
 
 
 def _refuse_shared_addresses(hosts: dict[str, HostSettings], file: Path) -> None:
-    seen: dict[tuple[str, int], str] = {}
+    """No two hosts are one machine. Behind one public address they may differ by port."""
+    public: dict[tuple[str, int], str] = {}
+    tailnet: dict[str, str] = {}
     for name, host in hosts.items():
-        addresses = [(_canonical(host.address), host.port)]
+        address = _canonical(host.address)
+        _refuse_shared(public.setdefault((address, host.port), name), name, address, file)
         if host.tailnet_address:
-            addresses.append((host.tailnet_address, 0))
-        for address in addresses:
-            if address in seen:
-                raise SettingsError(
-                    f"{file}: hosts {seen[address]} and {name} have one address, {address[0]}."
-                )
-            seen[address] = name
+            address = host.tailnet_address
+            _refuse_shared(tailnet.setdefault(address, name), name, address, file)
+    for (address, _), name in public.items():
+        _refuse_shared(tailnet.get(address, name), name, address, file)
+
+
+def _refuse_shared(one: str, other: str, address: str, file: Path) -> None:
+    if one != other:
+        raise SettingsError(
+            f"{file}: hosts {one} and {other} have one address, {address}.",
+            hint="Correct one of them; behind one public address they differ by port.",
+        )
 
 
 def _refuse_shared_names(hosts: dict[str, HostSettings], file: Path) -> None:
@@ -446,10 +527,12 @@ def _refuse_shared_names(hosts: dict[str, HostSettings], file: Path) -> None:
 
 
 def _canonical(address: str) -> str:
+    """One spelling of an address: an IPv4 address in an IPv6 one is the same host."""
     try:
-        return str(ipaddress.ip_address(address))
+        found = ipaddress.ip_address(address)
     except ValueError:
         return address.lower().rstrip(".")
+    return str(getattr(found, "ipv4_mapped", None) or found)
 
 
 def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -> Path:
@@ -461,13 +544,18 @@ def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -
     cwd = cwd or Path.cwd()
     if named := environ.get(ENV_HOSTS):
         path = Path(named)
-        if not path.is_file():
+        if _kind(path) != "file":
             raise SettingsError(
                 f"{ENV_HOSTS} names {path}, which is not a file.", hint=f"Correct or unset {ENV_HOSTS}."
             )
         return path
-    if (cwd / DEFAULT_FILE).is_file():
+    if _kind(cwd / DEFAULT_FILE) == "file":
         return cwd / DEFAULT_FILE
+    if _kind(cwd / DEFAULT_FILE) == "other":
+        # Going on to the lab's file would be a surprise.
+        raise SettingsError(
+            f"{cwd / DEFAULT_FILE} is not a file.", hint=f"Move it away, or set {ENV_HOSTS} to the file."
+        )
     from control.labs import running_lab_files  # late: only this branch looks for labs
 
     labs = running_lab_files(environ)
@@ -485,32 +573,54 @@ def hosts_file(environ: dict[str, str] | None = None, cwd: Path | None = None) -
     )
 
 
+def _kind(path: Path) -> Literal["file", "other", "absent"]:
+    """What is at `path`, links followed. Raises SettingsError when that cannot be told."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        # A link to nowhere is not nothing.
+        return "other" if path.is_symlink() else "absent"
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.", hint=READABLE
+        ) from error
+    return "file" if stat.S_ISREG(mode) else "other"
+
+
 def load_fleet(path: Path) -> Fleet:
     """Read a hosts file. Raises SettingsError."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read: {error.strerror}.") from error
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}.", hint=READABLE) from error
     except UnicodeDecodeError as error:
-        raise SettingsError(f"{path}: is not UTF-8: {error.reason}.") from error
+        raise SettingsError(f"{path}: is not UTF-8: {error.reason}.", hint="Save it as UTF-8.") from error
     return with_ssh_users(parse_fleet(text, file=path))
 
 
 def with_ssh_users(known: Fleet) -> Fleet:
     """The same hosts, with the user of ~/.ssh/config where the file names none. Not for a lab's file.
 
-    Raises SettingsError when that user is no user name, ReachError when ~/.ssh/config cannot be read.
+    Raises SettingsError when that user is no user name, or ~/.ssh/config gives two hosts one address;
+    ReachError when it cannot be read.
     """
     from control import sshconfig, state  # late: both build on this module
 
     if state.is_lab_file(known.file):
         return known
     hosts = {}
+    # Two sites behind jump hosts of their own may use one private address.
+    reached: dict[tuple[str, int, str | None], str] = {}
     for name, host in known.hosts.items():
-        user = None if "user" in host.model_fields_set else sshconfig.lookup(host.address).user
+        options = sshconfig.lookup(host.address)
+        address = _canonical(options.hostname or host.address)
+        port = host.port if "port" in host.model_fields_set else options.port or host.port
+        _refuse_shared(reached.setdefault((address, port, options.proxy), name), name, address, known.file)
+        user = None if "user" in host.model_fields_set else options.user
         if user is not None and not _USER_NAME.fullmatch(user):
             raise SettingsError(
-                f"~/.ssh/config: {user!r} is no user name quietport can log in with to {name}."
+                f"~/.ssh/config: {user!r} is no user name quietport can log in with to {name}.",
+                hint=f"Correct it there, or set user in {known.file}.",
             )
         hosts[name] = host.model_copy(update={"user": user}) if user else host
     return Fleet(file=known.file, hosts=hosts)

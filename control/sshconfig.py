@@ -32,10 +32,10 @@ class SshOptions:
 def lookup(address: str, path: Path | None = None) -> SshOptions:
     """Options for `address`. Raises ReachError when the configuration cannot be read."""
     path = path or Path("~/.ssh/config").expanduser()
-    if not path.is_file():
-        return SshOptions()
     config = SSHConfig()
     try:
+        if not path.is_file():
+            return SshOptions()
         with path.open(encoding="utf-8") as stream:
             config.parse(stream)  # type: ignore[no-untyped-call]
         found = config.lookup(address)

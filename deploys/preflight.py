@@ -30,10 +30,11 @@ def system_problems(system: dict[str, Any]) -> Iterator[str]:
     """What about the system itself makes a converge impossible."""
     if system["version"] not in SUPPORTED.get(system["distribution"], ()):
         shown = f"{system['distribution']} {system['version']}".strip() or "unknown"
-        yield f"the system is {shown}. Supported are Debian 12 and 13, and Ubuntu 24.04."
+        yield f"the system is {shown}. Supported are Debian 12 and 13, and Ubuntu 24.04: install one."
         return
     if system["arch"] not in ARCHITECTURES:
-        yield f"the machine is {system['arch'] or 'of an unknown kind'}. Supported are amd64 and arm64."
+        shown = system["arch"] or "of an unknown kind"
+        yield f"the machine is {shown}. Supported are amd64 and arm64: take such a machine."
     if system["systemd"] < SYSTEMD:
         found = f"systemd {system['systemd']} runs" if system["systemd"] else "systemd does not run"
         yield f"{found} as PID 1; {SYSTEMD} or newer is needed."
@@ -56,7 +57,7 @@ def key_problems(state: dict[str, Any], settings: HostSettings, *, name: str) ->
         key = secret.resolved(settings.auth_key, f"{name}: auth_key")
         tailnet.key_to_use(key, tags=settings.tailscale_tags)
     except QuietportError as error:
-        yield str(error)
+        yield str(error).removeprefix(f"{name}: ")
 
 
 def secret_problems(settings: HostSettings, *, name: str) -> Iterator[str]:
@@ -65,7 +66,7 @@ def secret_problems(settings: HostSettings, *, name: str) -> Iterator[str]:
         try:
             secret.resolved(source, f"{name}: the secret {path}")
         except QuietportError as error:
-            yield str(error)
+            yield str(error).removeprefix(f"{name}: ")
 
 
 @operation()

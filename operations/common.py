@@ -63,6 +63,8 @@ def refuse(sentence: str) -> FunctionCommand:
     Use as `yield refuse("..."); return`. A dry run shows the sentence too, as a warning. An exception
     in an operation would stop every host of the run instead.
     """
+    # Errors that are made elsewhere name the host themselves.
+    sentence = sentence.removeprefix(f"{host.name}: ")
     if not host.state.is_executing:
         logger.warning(f"{host.print_prefix}{host.name}: will be refused: {sentence}")
     return FunctionCommand(_refused, (sentence,), {})

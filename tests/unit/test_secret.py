@@ -59,9 +59,9 @@ def test_a_command_is_no_shell() -> None:
         ("command:no-such-program x", "cannot run no-such-program"),
         ("command:/etc", "cannot run /etc"),
         ("command:echo ' '", "gave nothing"),
-        ("nonsense", "a secret's source is env:NAME"),
+        ("nonsense", "must say where the secret is"),
         ("file:\0", "NUL"),
-        ("command:''", "names a program"),
+        ("command:''", "name a program"),
     ],
 )
 def test_what_cannot_be_read_is_named(source: str, words: str) -> None:

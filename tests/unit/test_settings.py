@@ -72,7 +72,7 @@ def test_what_was_validated_cannot_change() -> None:
         ("[hosts]\na = 3\n", "[hosts.a] is not a table"),
         ("defaults = []\n", "[defaults] is not a table"),
         ("[hosts.A]\naddress = 'x'\n", "a host's name is lower-case"),
-        ("[hosts.a]\n", "address: Field required"),
+        ("[hosts.a]\n", "address is missing. Correct it there"),
         ("[defaults]\naddress = 'x'\n[hosts.a]\n", "[defaults] has address"),
         ("[defaults]\nhostname = 'x'\n[hosts.a]\naddress = 'y'\n", "[defaults] has hostname"),
         ("a = " + "9" * 5000, "not TOML"),
