@@ -22,7 +22,7 @@ from control.secret import Secret, resolve
 from control.session import Session, Way
 from control.settings import HostSettings, fleet, settings_for
 
-__all__ = ["Route", "open_session", "remember_tailnet", "route", "ssh_config"]
+__all__ = ["Route", "open_session", "remember_port", "remember_tailnet", "route", "ssh_config"]
 
 CONNECT_TIMEOUT_S = 10.0
 HOST_JSON = "/etc/quietport/host.json"
@@ -69,6 +69,13 @@ def remember_tailnet(name: str, addresses: Iterable[str]) -> None:
     checked = tuple(str(ipaddress.ip_address(address)) for address in addresses)
     if checked and state.load(name).tailnet_addresses != checked:
         state.set_tailnet(name, checked)
+        pins.write_known_hosts(name, settings=settings_for(name))
+
+
+def remember_port(name: str, port: int) -> None:
+    """Remember the port on which sshd of `name` answers over the tailnet, for every later run."""
+    if state.load(name).tailnet_port != port:
+        state.update(name, lambda old: replace(old, tailnet_port=port))
         pins.write_known_hosts(name, settings=settings_for(name))
 
 
@@ -242,8 +249,7 @@ def _note(target: Route, shown: str, settings: HostSettings) -> None:
     """Pin what this login showed, and remember what worked."""
     if target.way == "tailnet":
         known = state.load(target.name)
-        if known.tailnet_port != target.port:
-            state.update(target.name, lambda old: replace(old, tailnet_port=target.port))
+        remember_port(target.name, target.port)
         if target.address not in _known_addresses(settings, known):
             state.set_tailnet(target.name, (target.address, *known.tailnet_addresses))
     pins.pin(target.name, shown, settings=settings)

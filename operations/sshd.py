@@ -11,20 +11,24 @@ from typing import Any
 
 from pyinfra.context import host
 
+from control import reach
 from facts.files import FileText
 from facts.sockets import ListeningSockets
 from facts.sshd import SshdEffective, SshdFiles, SshdProcess
 from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import gate
-from operations.common import Commands, executing, operation, program, refuse, show_diff
+from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
 from operations.programs import LAUNCHER
 from operations.units import is_enabled, is_masked
 from quietport import sshd
+from quietport.errors import printable
 
 UNIT_DROP_IN_TEXT = (Path(__file__).parents[1] / "templates/ssh/ssh.service.conf").read_text()
 # Nobody's addresses, one of the tailnet's range and one of the documentation's (RFC 5737).
 ASKED_FROM = ("100.100.200.200", "203.0.113.9")
+# Lines of others' files that a sentence names; `--diff` shows them all.
+MAX_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,11 @@ def differences(seen: Seen, target: Wanted) -> list[str]:
 
 def plan(seen: Seen, target: Wanted, *, users: Iterable[str]) -> bytes:
     """The plan for `quietport sshd-apply` (quietport/sshd_apply.py documents its keys)."""
+    # A file of others that stays as it is, is none of sshd-apply's business: it may well be a link.
     files = {
-        path: {"old_sha256": _sha256(_old(seen, path)), "text": text} for path, text in target.files.items()
+        path: {"old_sha256": _sha256(_old(seen, path)), "text": text}
+        for path, text in target.files.items()
+        if path in (sshd.DROP_IN, sshd.UNIT_DROP_IN) or _old(seen, path) != text
     }
     document = {
         "schema": 1,
@@ -93,6 +100,22 @@ def plan(seen: Seen, target: Wanted, *, users: Iterable[str]) -> bytes:
         "users": list(dict.fromkeys(users)),
     }
     return json.dumps(document).encode()
+
+
+def remarks(seen: Seen, target: Wanted) -> list[str]:
+    """What of others' doing is undone here, a sentence each: nobody should have to find it out later."""
+    found = []
+    lines = [f"{path}: {line}" for path, line in sshd.neutralised(seen.files, target.files)]
+    if lines:
+        more = f" and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
+        shown = "; ".join(lines[:MAX_SHOWN])
+        found.append(f"ssh: commented out with a mark, because they win or stay active: {shown}{more}")
+    if seen.files.get(sshd.MAIN) and not sshd.reads_drop_in(seen.files):
+        found.append(f"ssh: {sshd.MAIN} does not read {sshd.DROP_IN}: it gets an Include line for it")
+    active = [unit for unit in sshd.SERVICE_SOCKETS if seen.sockets[unit]["active"] == "active"]
+    if active:
+        found.append(f"ssh: {', '.join(active)} listens in sshd's place: masked, {sshd.UNIT} takes over")
+    return [printable(sentence) for sentence in found]
 
 
 def _old(seen: Seen, path: str) -> str | None:
@@ -142,6 +165,8 @@ def tailnet_only(login_user: str, users: list[str]) -> Commands:
     if not differences(seen, target):
         host.noop("sshd answers the tailnet alone, to keys alone")
         return
+    for sentence in remarks(seen, target):
+        warn(sentence)
     if seen.addresses:
         for path, text in target.files.items():
             if _old(seen, path) != text:
@@ -154,3 +179,6 @@ def tailnet_only(login_user: str, users: list[str]) -> Commands:
     left = differences(seen, wanted(seen, login_user=login_user))
     if left:
         yield refuse(f"sshd is not as wanted although sshd-apply succeeded: {'; '.join(left)}. Run again.")
+        return
+    # It may have answered on a port of its own until now, which is where the next connection would knock.
+    reach.remember_port(host.name, sshd.PORT)

@@ -50,9 +50,9 @@ _ALIASES = {
 
 # Socket units that put sshd, or a shell by way of it, where sshd_config has no say. The sshd-* ones are what
 # systemd-ssh-generator makes (systemd 256 and newer); a link in /etc wins over a generated unit.
+SERVICE_SOCKETS = ("ssh.socket", "sshd.socket")  # these hold the service's own port
 SOCKETS = (
-    "ssh.socket",
-    "sshd.socket",
+    *SERVICE_SOCKETS,
     "ssh@.socket",
     "sshd@.socket",
     "sshd-vsock.socket",
@@ -226,6 +226,21 @@ def wanted_files(files: Mapping[str, str], drop_in: str) -> dict[str, str]:
     return wanted
 
 
+def neutralised(files: Mapping[str, str], wanted: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(path, line) of what `wanted` comments out that is active in `files`, in the files' order."""
+    found = []
+    for path, text in wanted.items():
+        before = files.get(path, "").split("\n")
+        for line in text.split("\n"):
+            if not line.startswith(WAS):
+                continue
+            if line in before:
+                before.remove(line)
+            else:
+                found.append((path, line.removeprefix(WAS).strip()))
+    return found
+
+
 def foreign_root_login(files: Mapping[str, str]) -> str | None:
     """The PermitRootLogin that would hold without us: of what others wrote, the first."""
     without = {path: restore(text) for path, text in files.items() if path != DROP_IN}
@@ -294,20 +309,29 @@ def parse_effective(text: str) -> dict[str, list[str]]:
     return effective
 
 
-_KEYS_ONLY = {
+_KEYS_AT_MOST = {
     "passwordauthentication": "no",
     "kbdinteractiveauthentication": "no",
     "authenticationmethods": "publickey",
-    "pubkeyauthentication": "yes",
 }
+_KEYS_ONLY = {**_KEYS_AT_MOST, "pubkeyauthentication": "yes"}
+
+
+def in_without_key(effective: Mapping[str, list[str]]) -> list[str]:
+    """What in `sshd -T -C` output lets somebody in without a key. Empty: a key, or nobody."""
+    return _otherwise(effective, _KEYS_AT_MOST)
 
 
 def not_keys_only(effective: Mapping[str, list[str]]) -> list[str]:
     """What in `sshd -T -C` output lets somebody in without a key, or keeps keys out. Empty: keys only."""
+    return _otherwise(effective, _KEYS_ONLY)
+
+
+def _otherwise(effective: Mapping[str, list[str]], wanted: Mapping[str, str]) -> list[str]:
     return [
-        f"{keyword} is {' '.join(effective.get(keyword, [])) or 'not set'}, not {wanted}"
-        for keyword, wanted in _KEYS_ONLY.items()
-        if [value.lower() for value in effective.get(keyword, [])] != [wanted]
+        f"{keyword} is {' '.join(effective.get(keyword, [])) or 'not set'}, not {value}"
+        for keyword, value in wanted.items()
+        if [found.lower() for found in effective.get(keyword, [])] != [value]
     ]
 
 

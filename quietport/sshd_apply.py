@@ -55,7 +55,7 @@ class Plan:
 
     `files`: path = {"old_sha256": hex or null, "text": text or null}; null stands for "no such file".
     `mask`: socket units; `listeners`: [address, port] pairs, all and only these; `users`: checked besides
-    everyone who has a login shell.
+    everyone who has a login shell. The first of them is the operator, whose key must be taken.
     """
 
     files: dict[str, tuple[str | None, str | None]]
@@ -343,7 +343,8 @@ class Apply:
             if told != wanted:
                 raise Failed(
                     f"with the candidate sshd would listen on {', '.join(sorted(told)) or 'nothing'},"
-                    f" not on {', '.join(sorted(wanted))}. Look for an Include of a file elsewhere"
+                    f" not on {', '.join(sorted(wanted))}. Look for an Include of a file elsewhere, and at"
+                    " SSHD_OPTS in /etc/default/ssh"
                 )
             self._check_policy("the candidate", "-f", str(main))
 
@@ -384,7 +385,9 @@ class Apply:
                 done = self.host.sshd("-T", *options, *self._seen(user, source))
                 if done.returncode != 0:
                     raise Failed(f"{what} says nothing about {user}: {_one_line(done.stderr)}")
-                wrong = sshd.not_keys_only(sshd.parse_effective(done.stdout))
+                # A Match block may keep the keys of others out: that lets nobody in.
+                judge = sshd.not_keys_only if user in self.plan.users[:1] else sshd.in_without_key
+                wrong = judge(sshd.parse_effective(done.stdout))
                 if wrong:
                     raise Failed(f"{what}, for {user} from {source}: {'; '.join(wrong)}")
 

@@ -216,8 +216,46 @@ def test_sshd_otherwise_than_wanted_passes_the_gate_and_is_applied_whole(what: s
     assert plan["mask"] == list(pure.SOCKETS)
     assert plan["listeners"] == [[address, 22] for address in facts["tailnet.Tailnet"]["addresses"]]
     assert plan["files"][pure.UNIT_DROP_IN]["text"] == sshd.UNIT_DROP_IN_TEXT
+    # Files of others are in the plan only when something is to be written into them.
     old = facts["sshd.SshdFiles"][pure.MAIN]
-    assert plan["files"][pure.MAIN]["old_sha256"] == hashlib.sha256(old.encode()).hexdigest()
+    changed = {pure.MAIN} if what in ("foreign listen", "no include") else set()
+    assert plan["files"].keys() == {pure.DROP_IN, pure.UNIT_DROP_IN} | changed
+    if changed:
+        assert plan["files"][pure.MAIN]["old_sha256"] == hashlib.sha256(old.encode()).hexdigest()
+
+
+def test_what_others_wrote_and_is_undone_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    facts = converged()
+    foreign = f"{pure.FOLDER}/60-admin.conf"
+    facts["sshd.SshdFiles"] |= {
+        pure.MAIN: "Port 2222\nMatch User bob\n  PasswordAuthentication yes\x1b[31m\n",
+        foreign: "ListenAddress 0.0.0.0\n",
+    }
+    next(iter(facts["units.Units"].values()))["ssh.socket"]["active"] = "active"
+    commands(facts)
+    # The folder is not read, so its lines are nobody's: only what the main file says counts.
+    assert (
+        f"commented out with a mark, because they win or stay active: {pure.MAIN}: Port 2222; "
+        f"{pure.MAIN}: PasswordAuthentication yes?[31m"
+    ) in caplog.text
+    assert foreign not in caplog.text
+    assert f"{pure.MAIN} does not read {pure.DROP_IN}: it gets an Include line for it" in caplog.text
+    assert "ssh.socket listens in sshd's place: masked, ssh.service takes over" in caplog.text
+
+
+def test_of_many_lines_some_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    facts = converged()
+    facts["sshd.SshdFiles"][pure.MAIN] = MAIN + "".join(f"Port {port}\n" for port in range(2220, 2230))
+    commands(facts)
+    assert "Port 2225 and 4 more" in caplog.text
+    assert "Port 2226" not in caplog.text
+
+
+def test_a_host_as_it_is_meant_to_be_gets_no_remarks(caplog: pytest.LogCaptureFixture) -> None:
+    facts = converged()
+    facts["sshd.SshdProcess"].update(stale=True)
+    assert commands(facts)
+    assert "ssh:" not in caplog.text
 
 
 def test_a_forwarded_port_of_a_session_is_not_sshds() -> None:

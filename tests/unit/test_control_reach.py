@@ -15,7 +15,8 @@ import pytest
 
 from control import dial, state
 from control.errors import ReachError, SettingsError
-from control.reach import open_session, remember_tailnet, route, ssh_config
+from control.pins import known_hosts_path
+from control.reach import open_session, remember_port, remember_tailnet, route, ssh_config
 from control.session import Session
 from tests.unit.control_sshd import (
     NEEDS_ROOT,
@@ -435,6 +436,17 @@ def status(*nodes: tuple[str, str, list[str], bool], backend: str = "Running") -
         for number, (name, label, ips, online) in enumerate(nodes)
     }
     return json.dumps({"BackendState": backend, "Self": {}, "Peer": peers})
+
+
+def test_the_port_sshd_moved_to_is_the_one_every_later_command_knows(
+    operator: Operator, server: Server
+) -> None:
+    """`quietport ssh-config` and the specs ask for the way without connecting first."""
+    operator.host(port=server.port, tailnet_address="127.0.0.1")
+    assert (opened().way, route("vps1").port) == ("tailnet", server.port)
+    remember_port("vps1", 22)
+    assert route("vps1").port == 22
+    assert "127.0.0.1" in known_hosts_path("vps1").read_text().split(" ")[0].split(",")
 
 
 def test_a_pinned_host_is_found_on_the_operators_tailnet(

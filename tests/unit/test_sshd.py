@@ -162,6 +162,14 @@ def test_nothing_competes_in_what_is_wanted(main: str, other: str) -> None:
     assert sshd.reads_drop_in(result)
 
 
+def test_what_is_commented_out_is_told_apart_from_what_was_before() -> None:
+    before = {sshd.MAIN: f"Port 2222\n{sshd.WAS}Port 2222\n{STOCK}\tListenAddress ::\n", CLOUD: "Port 23\n"}
+    once = sshd.wanted_files(before, OURS)
+    lines = [(sshd.MAIN, "Port 2222"), (sshd.MAIN, "ListenAddress ::"), (CLOUD, "Port 23")]
+    assert sshd.neutralised(before, once) == lines
+    assert sshd.neutralised(once, sshd.wanted_files(once, OURS)) == []
+
+
 def test_the_drop_in_never_listens_everywhere() -> None:
     assert "ListenAddress 127.0.0.1:22\n" in sshd.render([])
     with pytest.raises(ValueError, match="every address"):
@@ -222,6 +230,9 @@ def test_effective_keys_only() -> None:
 def test_effective_with_a_way_in_is_named(line: str, worse: str) -> None:
     found = sshd.not_keys_only(sshd.parse_effective(KEYS_ONLY.replace(line, worse)))
     assert [sentence.split()[0] for sentence in found] == [line.split()[0]]
+    # Keys kept out let nobody in.
+    way_in = [] if worse == "pubkeyauthentication no" else found
+    assert sshd.in_without_key(sshd.parse_effective(KEYS_ONLY.replace(line, worse))) == way_in
 
 
 def test_the_candidate_reads_its_own_folder() -> None:

@@ -201,6 +201,21 @@ def test_what_is_active_in_the_end_is_read_back(machine: Machine) -> None:
     assert machine.listening == PUBLIC
 
 
+@pytest.mark.parametrize(("user", "goes_on"), [("root", True), ("bob", False)])
+def test_keys_may_be_kept_out_for_anyone_but_the_operator(
+    machine: Machine, user: str, *, goes_on: bool
+) -> None:
+    """`Match User backup` with PubkeyAuthentication no lets nobody in; the operator it would lock out."""
+    answer = machine._answer
+    no_keys = KEYS_ONLY.replace("pubkeyauthentication yes", "pubkeyauthentication no")
+    machine._answer = lambda argv: (  # type: ignore[method-assign]
+        no_keys if argv[0] != "systemctl" and f"user={user}," in argv[-1] else answer(argv)
+    )
+    done, said = play(machine, users=["bob", "root"])
+    assert done is goes_on, said
+    assert ("pubkeyauthentication is no" in said) is not goes_on
+
+
 def test_other_listeners_than_wanted_undo_it(machine: Machine) -> None:
     machine.deaf_with = "was: Port 22"
     done, said = play(machine)
