@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import pytest
 import testinfra
@@ -13,6 +14,7 @@ import testinfra
 from control.errors import QuietportError
 from control.settings import HostSettings, fleet
 from tests.spec import backend
+from tests.spec.public_side import Seen, begin
 from tests.spec.reading import Reading
 
 backend.register()
@@ -43,6 +45,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def reading(name: str) -> Reading:
     """The host, read through the project's own connection; kept for the whole run."""
     return Reading(name=name, host=testinfra.get_host(f"{backend.NAME}://{name}"))
+
+
+@pytest.fixture(scope="session")
+def full_scan(reading: Reading) -> Future[Seen]:
+    """A scan of all ports of the host's public side, which takes a while."""
+    return begin(reading)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _long_things_first(reading: Reading, request: pytest.FixtureRequest) -> None:
+    """Begin with a host's first test what its last ones wait for."""
+    if any(item.path.name == "test_public_side.py" for item in request.session.items):
+        request.getfixturevalue("full_scan")
 
 
 @pytest.fixture(scope="session")

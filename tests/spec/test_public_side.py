@@ -2,57 +2,20 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import socket
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from control.settings import fleet
 from facts.docker import PublishedPorts
 from facts.sockets import ListeningSockets
 from lab import public, scan
-from lab.process import LabError
-from lab.state import Run, Target
+from tests.spec.public_side import Seen, lab_target
 from tests.spec.reading import Reading
-
-SCAN_TIMEOUT_S = 300
-
-
-def lab_target(name: str) -> Target | None:
-    """The lab's target of that name, when the hosts file is a lab's; None for a live host."""
-    directory = fleet().file.absolute().parent
-    if not (directory / "lab.json").is_file():
-        return None
-    try:
-        return Run(directory.name, root=directory.parent).target(name)
-    except LabError:
-        return None
-
-
-def public_addresses(reading: Reading) -> list[str]:
-    """Addresses a stranger would try: the declared one, and the host's own global ones."""
-    declared = socket.getaddrinfo(reading.settings.address, None, type=socket.SOCK_STREAM)
-    found = {str(info[4][0]) for info in declared}
-    links = reading.json("ip -j addr show scope global")
-    for link in links:
-        for entry in link["addr_info"]:
-            address = ipaddress.ip_address(entry["local"])
-            # Private ones are reachable for neighbours only, and not from here.
-            if address.is_global and link["ifname"] != "tailscale0":
-                found.add(str(address))
-    return sorted(found)
-
-
-def seen_from_here(addresses: list[str]) -> dict[str, list[int]]:
-    """Open ports, from the machine this runs on: by construction not inside the host."""
-    argv = [sys.executable, "-I", str(Path(scan.__file__)), "ports", *addresses]
-    patience = SCAN_TIMEOUT_S * len(addresses)
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=patience, check=True)
-    return {address: seen["open"] for address, seen in json.loads(done.stdout)["addresses"].items()}
 
 
 def test_nothing_listens_for_the_public(reading: Reading) -> None:
@@ -70,19 +33,15 @@ def test_nothing_listens_for_the_public(reading: Reading) -> None:
     assert {one["process"] for one in over_tcp} <= {"docker-proxy"}
 
 
-def test_a_full_scan_finds_nothing_open(reading: Reading, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_scan_finds_nothing_open(
+    reading: Reading, full_scan: Future[Seen], capsys: pytest.CaptureFixture[str]
+) -> None:
     """All 65535 TCP ports of every public address, IPv4 and IPv6."""
-    target = lab_target(reading.name)
-    if target is not None:
-        where = "the lab's public side"
-        seen = {address: list(ports.open) for address, ports in public.scan(target).items()}
-    else:
-        where = "this machine"
-        seen = seen_from_here(public_addresses(reading))
+    seen = full_scan.result()
     with capsys.disabled():
-        print(f" [{reading.name}: {', '.join(seen)} probed from {where}]", end="")
-    assert seen
-    assert {address: ports for address, ports in seen.items() if ports} == {}
+        print(f" [{reading.name}: {', '.join(seen.open)} probed from {seen.where}]", end="")
+    assert seen.open
+    assert {address: ports for address, ports in seen.open.items() if ports} == {}
 
 
 def test_the_scan_can_see_an_open_port(reading: Reading) -> None:

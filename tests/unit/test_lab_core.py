@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import tomllib
 from dataclasses import replace
@@ -385,6 +386,19 @@ def test_the_scanner_sees_open_and_closed_ports(family: socket.AddressFamily, ad
     seen = scan.scan(address, [port], timeout=1, concurrency=10, retries=0)
     assert (seen.open, seen.refused) == ([], 1)
     assert scan.connect(address, port, timeout=1) == "refused"
+
+
+def test_a_port_that_does_not_answer_at_first_is_seen_within_the_default_patience() -> None:
+    """The second packet is the system's own: a listener whose queue is full drops the first."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(0)
+        place = sock.getsockname()
+        with socket.create_connection(place):
+            assert scan.connect(*place, timeout=0.3) == "silent"
+            threading.Timer(0.5, sock.accept).start()
+            seen = scan.scan(place[0], [place[1]], timeout=scan.TIMEOUT, concurrency=10, retries=0)
+    assert seen.open == [place[1]]
 
 
 def test_the_scanner_as_a_program(capsys: pytest.CaptureFixture[str]) -> None:
