@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from control.secret import child_environment
+
 STATUS_TIMEOUT_S = 5
 _MAC_APP = Path("/Applications/Tailscale.app/Contents/MacOS/Tailscale")
 
@@ -31,6 +33,7 @@ def peers(hostname: str) -> list[Peer]:
     try:
         done = subprocess.run(
             [program, "status", "--json"],
+            env=child_environment(),
             capture_output=True,
             timeout=STATUS_TIMEOUT_S,
             check=True,

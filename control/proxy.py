@@ -16,6 +16,7 @@ import tempfile
 from typing import IO
 
 from control.errors import ReachError
+from control.secret import child_environment
 
 GRACE_S = 2
 
@@ -47,6 +48,7 @@ class Proxy:
         try:
             self._child = subprocess.Popen(
                 argv,
+                env=child_environment(),
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=self._errors,
