@@ -26,6 +26,9 @@ from control.secret import Secret
 from control.session import LinkLost, Session
 from control.settings import fleet, settings_for
 
+# A command without a limit of its own: more than the longest that has one (operations/apt.py) may take.
+COMMAND_LIMIT_S = 3600
+
 # Arguments that say how to become another user with pyinfra's own means. We are root already.
 _SHELL_ARGUMENTS = ("_env", "_chdir", "_shell_executable")
 
@@ -47,6 +50,17 @@ fi
 mv -fT -- "$temp" "$target"
 trap - EXIT
 """
+
+
+class Unanswered(CommandOutput):
+    """What a command said until its link broke or its time was up; how it ended on the host is not known.
+
+    `sentence` says why; it is the last line, too.
+    """
+
+    def __init__(self, name: str, lines: Iterable[OutputLine], sentence: str) -> None:
+        self.sentence = sentence
+        super().__init__([*lines, OutputLine("stderr", f"{name}: failed: {sentence}")])
 
 
 class QuietportConnector(SSHConnector):
@@ -106,7 +120,8 @@ class QuietportConnector(SSHConnector):
         """Run a command as root, or as `_sudo_user` / `_su_user`.
 
         `_stdin` as bytes or Secret reaches the command unchanged; text gets the line ends pyinfra gives it.
-        Raises TimeoutError after `_timeout` seconds and LinkLost when the connection is gone.
+        Never raises for the host's sake: Unanswered is the output when the connection is gone, root cannot be
+        had, or `_timeout` seconds (COMMAND_LIMIT_S without it) are over.
         """
         if not isinstance(command, StringCommand):
             command = StringCommand(command)
@@ -123,17 +138,19 @@ class QuietportConnector(SSHConnector):
             unix_command.get_raw_value(), arguments.get("_sudo_user") or arguments.get("_su_user")
         )
         lines = _Lines(self.host.print_prefix, show=print_output)
+        limit = arguments.get("_timeout") or COMMAND_LIMIT_S
         try:
             result = self._live().run(
-                line,
-                stdin=_stdin(arguments.get("_stdin")),
-                timeout=arguments.get("_timeout") or None,
-                on_output=lines.feed,
+                line, stdin=_stdin(arguments.get("_stdin")), timeout=limit, on_output=lines.feed
             )
-        except LinkLost:
-            raise
         except QuietportError as error:
-            return False, _said(self._without_name(str(error)))
+            return False, self._unanswered(lines, self._without_name(str(error)))
+        except TimeoutError:
+            sentence = (
+                f"a command took longer than {limit} s and was ended. Look on the host at what it waits for "
+                "(`ps -ef --forest`), then run again."
+            )
+            return False, self._unanswered(lines, sentence)
         wanted = arguments.get("_success_exit_codes") or (0,)
         succeeded = result.exit_code in wanted
         return succeeded, lines.finish(clean=not succeeded)
@@ -182,6 +199,9 @@ class QuietportConnector(SSHConnector):
     def check_can_rsync(self) -> None:
         """Raises NotImplementedError: rsync would go around the pinned keys and sudo."""
         raise NotImplementedError("rsync is not offered here; use files.put or files.sync.")
+
+    def _unanswered(self, lines: _Lines, sentence: str) -> Unanswered:
+        return Unanswered(self.host.name, lines.finish(clean=True), sentence)
 
     def _live(self) -> Session:
         if self.session is None:

@@ -27,7 +27,8 @@ OnOutput = Callable[[str, bytes], None]
 
 OPEN_TIMEOUT_S = 30.0
 KEEPALIVE_S = 15.0
-SILENCE_S = 30.0
+# TCP repeats what was lost at intervals that double: after a cut of 20 s the next try may come 20 s later.
+SILENCE_S = 45.0
 REMOTE_GRACE_S = 5
 _CHUNK = 1 << 16
 # Separates sudo's password line from what the command reads. No secret.

@@ -1,22 +1,27 @@
-"""What every operation shares: refusing on one host, quoting, and showing a difference."""
+"""What every operation shares: refusing and failing on one host alone, quoting, showing a difference."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
+from greenlet import GreenletExit  # type: ignore[import-untyped]
 from paramiko import SSHException
 from pyinfra import logger
 from pyinfra.api.arguments_typed import PyinfraOperation
 from pyinfra.api.command import FunctionCommand, PyinfraCommand, QuoteString, StringCommand
+from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.host import Host
 from pyinfra.api.operation import operation as pyinfra_operation
 from pyinfra.api.state import State
+from pyinfra.connectors.util import CommandOutput, OutputLine
 from pyinfra.context import host
+from typing_extensions import override
 
+from control.connector import Unanswered
 from control.errors import QuietportError
 from control.secret import Secret
 
@@ -25,6 +30,8 @@ T = TypeVar("T")
 
 # What an operation yields.
 Commands = Generator[PyinfraCommand, None, None]
+# From what a failed command said to one sentence: why, and the next step. None when it speaks for itself.
+Why = Callable[[str], str | None]
 
 
 def operation() -> Callable[[Callable[P, Commands]], PyinfraOperation[P]]:
@@ -37,24 +44,107 @@ def operation() -> Callable[[Callable[P, Commands]], PyinfraOperation[P]]:
 
     def decorate(generate: Callable[P, Commands]) -> PyinfraOperation[P]:
         @wraps(generate)
-        def one_host_at_most(*args: P.args, **kwargs: P.kwargs) -> Commands:
+        def careful(*args: P.args, **kwargs: P.kwargs) -> Commands:
             try:
                 for command in generate(*args, **kwargs):
-                    if executing() and host in _failed_hosts():
-                        yield refuse("it did not tell its state (see above), so nothing more is done to it.")
-                        return
+                    if has_failed(host.state, host):
+                        break
                     yield command
-            except (QuietportError, SSHException, OSError) as error:
-                yield refuse(str(error))
+            except Exception as error:
+                if has_failed(host.state, host):
+                    # What the generator made of a fact's default; or pyinfra's "No hosts remaining!", said
+                    # again when this operation has failed.
+                    if isinstance(error, PyinfraError) and not executing():
+                        raise
+                elif isinstance(error, (QuietportError, SSHException, OSError)):
+                    yield refuse(str(error))
+                    return
+                else:
+                    raise
+            if has_failed(host.state, host):
+                if not executing():
+                    # Ends what is planned for this host; everything else would fail as this did.
+                    raise GreenletExit
+                yield FunctionCommand(_failed_already, (), {})
 
-        return pyinfra_operation()(one_host_at_most)
+        return pyinfra_operation()(careful)
 
     return decorate
 
 
-def _failed_hosts() -> Iterable[Host]:
-    # Stand-ins for the state in tests of single operations have none.
-    return getattr(host.state, "failed_hosts", ())
+def _failed_already(state: State, host: Host) -> bool:
+    return False
+
+
+def has_failed(state: Any, host: Any) -> bool:
+    """Whether pyinfra has given up this host, because a fact could not be read."""
+    return any(failed.name == host.name for failed in getattr(state, "failed_hosts", ()))
+
+
+def one_host_at_most(
+    function: Callable[Concatenate[State, Host, P], bool],
+) -> Callable[Concatenate[State, Host, P], bool]:
+    """For what a FunctionCommand calls: an error is a sentence about this host, never a traceback."""
+
+    # pyinfra passes state and host to a function whose own arguments have these names.
+    def careful(state: State, host: Host, /, *args: P.args, **kwargs: P.kwargs) -> bool:
+        try:
+            went_well = function(state, host, *args, **kwargs)
+        except (QuietportError, TimeoutError) as error:
+            return fail(host, str(error))
+        except Exception:
+            # Whatever it made of a fact's default; the reason was said when the fact could not be read.
+            if not has_failed(state, host):
+                raise
+            return False
+        return went_well and not has_failed(state, host)
+
+    return wraps(function)(careful)
+
+
+def fail(host: Host, sentence: str) -> bool:
+    """Say why this host failed, as `NAME: failed: sentence`. False, which pyinfra counts as failure."""
+    said = f"{host.name}: failed: {sentence.removeprefix(f'{host.name}: ')}"
+    logger.error(f"{host.print_prefix}{click.style(said, fg='red')}")
+    return False
+
+
+class Explained(StringCommand):
+    """A command whose failure is told in one sentence, after what it said itself."""
+
+    def __init__(self, *bits: Any, why: Why, **arguments: Any) -> None:
+        super().__init__(*bits, **arguments)
+        self.why = why
+
+    @override
+    def execute(self, state: State, host: Host, connector_arguments: Any) -> tuple[bool, CommandOutput]:
+        ok, output = super().execute(state, host, connector_arguments)
+        if ok or isinstance(output, Unanswered):
+            return ok, output
+        sentence = self.why(output.output)
+        if sentence is None:
+            return ok, output
+        if state.print_output:
+            # It showed the command's output as it came, and does not show it again.
+            fail(host, sentence)
+        line = OutputLine("stderr", f"{host.name}: failed: {sentence}")
+        return ok, CommandOutput([*output, line])
+
+
+def no_room(said: str) -> str | None:
+    """The sentence for a command that failed because nothing can be written; None when it did not say so."""
+    for words, reason in (
+        ("No space left on device", "its disk is full"),
+        ("Disk quota exceeded", "its disk quota is used up"),
+        ("Read-only file system", "a file system of it is read-only"),
+    ):
+        lines = [line.strip() for line in said.splitlines() if words.lower() in line.lower()]
+        if lines:
+            return (
+                f"{reason} ({lines[-1][:200]}). Make room, or mend it (`df -h`, `df -i` and `findmnt` there "
+                "show where), then run again."
+            )
+    return None
 
 
 def refuse(sentence: str) -> FunctionCommand:
@@ -108,19 +198,25 @@ def show_diff(path: str, old: str | None, new: str | None) -> None:
         logger.info(f"{host.print_prefix}  {click.style(clean, fg=colours.get(clean[:1]))}")
 
 
-def program(*argv: str, stdin: bytes | Secret | None = None, timeout: int | None = None) -> StringCommand:
+def program(
+    *argv: str, stdin: bytes | Secret | None = None, timeout: int | None = None, why: Why = no_room
+) -> StringCommand:
     """The command that runs a program with exactly these arguments.
 
-    `stdin` is written as it is, nothing added. `timeout` is in seconds.
+    `stdin` is written as it is, nothing added. `timeout` is in seconds. `why` explains a failure.
     """
-    return StringCommand(*(QuoteString(word) for word in argv), **_arguments(stdin, timeout))
+    return Explained(*(QuoteString(word) for word in argv), why=why, **_arguments(stdin, timeout))
 
 
 def script(
-    text: str, *args: str, stdin: bytes | Secret | None = None, timeout: int | None = None
+    text: str,
+    *args: str,
+    stdin: bytes | Secret | None = None,
+    timeout: int | None = None,
+    why: Why = no_room,
 ) -> StringCommand:
     """The command that runs a shell script with `args` as its $1, $2... No value is pasted into `text`."""
-    return program("sh", "-c", text, "sh", *args, stdin=stdin, timeout=timeout)
+    return program("sh", "-c", text, "sh", *args, stdin=stdin, timeout=timeout, why=why)
 
 
 def _arguments(stdin: bytes | Secret | None, timeout: int | None) -> Any:

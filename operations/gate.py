@@ -22,11 +22,11 @@ from control.proof import prove
 from control.settings import settings_for
 from facts.tailnet import Tailnet
 from operations import tailnet
-from operations.common import Commands
+from operations.common import Commands, one_host_at_most
 
 # A proof is believed that long: the steps of one run follow each other closely, and none of them is free.
 PROOF_LASTS_S = 60
-# paramiko's keepalive waits for no answer: a link that is cut silently would hang the run for good.
+# None of the steps takes long; one that does is stuck, and better known soon.
 RISKY_TIMEOUT_S = 120
 
 _proved: dict[str, float] = {}
@@ -72,8 +72,8 @@ def forget_proofs() -> None:
     _proved.clear()
 
 
+@one_host_at_most
 def _pass_gate(state: State, host: Host) -> bool:
-    # pyinfra passes state and host to a function with these argument names, and counts False as failure.
     refusal = _shut(host)
     if refusal is None:
         return True

@@ -16,6 +16,7 @@ from pyinfra.context import host
 
 from control import reach
 from control import state as remembered_state
+from control.connector import Unanswered
 from control.errors import QuietportError
 from control.secret import Secret, resolve
 from control.settings import HostSettings
@@ -23,7 +24,16 @@ from facts.packages import Packages
 from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import apt, gate
-from operations.common import Commands, operation, program, refuse, script
+from operations.common import (
+    Commands,
+    fail,
+    no_room,
+    one_host_at_most,
+    operation,
+    program,
+    refuse,
+    script,
+)
 
 SERVICE = "tailscaled.service"
 UP_TIMEOUT_S = 60
@@ -180,6 +190,8 @@ def why_not_joined(said: str, state: str, *, login_server: str) -> str:
     The words are those of Tailscale's control server and of headscale 0.29 (hscontrol/types/preauth_key.go).
     """
     text = said.lower()
+    if reason := no_room(said):
+        return reason
     if state == "NeedsMachineAuth":
         return NEEDS_APPROVAL
     if re.search(r"already (been )?used|has been used", text):
@@ -198,7 +210,10 @@ def why_not_joined(said: str, state: str, *, login_server: str) -> str:
     if re.search(r"x509|certificate", text):
         return f"the certificate of {login_server} is not trusted here. Give the host its CA, or correct it."
     if not text or re.search(r"timeout waiting|timed out|no such host|refused|unreachable|dial tcp", text):
-        return f"{login_server} gave no answer within {UP_TIMEOUT_S} s. See `journalctl -u tailscaled` there."
+        return (
+            f"{login_server} gave no answer within {UP_TIMEOUT_S} s. Look whether it is up, and reached from "
+            "there (`journalctl -u tailscaled`), then run again."
+        )
     return f"joining the tailnet failed: {said.strip().splitlines()[-1]}"
 
 
@@ -296,6 +311,7 @@ def joined(membership: Membership) -> Commands:
     yield script(_WAIT_FOR_ADDRESS, str(ADDRESS_TIMEOUT_S), timeout=JOIN_TIMEOUT_S)
 
 
+@one_host_at_most
 def _join(state: State, host: Host, membership: dict[str, Any]) -> bool:
     """Join now. The key is read from its source here, not at prepare: it may be made on request."""
     wanted = Membership(**membership)
@@ -305,12 +321,11 @@ def _join(state: State, host: Host, membership: dict[str, Any]) -> bool:
         return _failed(host, str(error))
     arguments = (str(UP_TIMEOUT_S), str(len(key.reveal())), *wanted.up_options())
     command = script(_JOIN, *arguments, stdin=key, timeout=JOIN_TIMEOUT_S)
-    try:
-        ok, output = _run(host, command)
-    except TimeoutError:
-        return _failed(host, f"joining the tailnet took longer than {JOIN_TIMEOUT_S} s.")
+    ok, output = _run(host, command)
     if ok:
         return True
+    if isinstance(output, Unanswered):
+        return fail(host, output.sentence)
     lines = output.output_lines
     said = redacted("\n".join(line for line in lines if not line.startswith(STATE_MARK)), key)
     after = next((line.removeprefix(STATE_MARK) for line in lines if line.startswith(STATE_MARK)), "")
@@ -384,6 +399,7 @@ def known_addresses(name: str) -> list[str]:
     return list(remembered_state.load(name).tailnet_addresses)
 
 
+@one_host_at_most
 def _remember(state: State, host: Host, name: str, addresses: list[str]) -> bool:
     if not addresses:
         return _failed(host, "no tailnet address is on tailscale0, so there is none to remember.")

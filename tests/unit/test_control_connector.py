@@ -16,7 +16,8 @@ import pytest
 from pyinfra.api import Config, HiddenValue, Inventory, QuoteString, State, StringCommand, output
 from pyinfra.api.exceptions import ConnectError, NoConnectorError
 
-from control.connector import QuietportConnector, printable
+from control import connector as connector_module
+from control.connector import QuietportConnector, Unanswered, printable
 from control.errors import SettingsError
 from control.reach import open_session, remember_tailnet
 from control.secret import Secret
@@ -108,10 +109,39 @@ def test_a_character_across_two_pieces_is_whole(connector: QuietportConnector) -
     )
 
 
-def test_a_time_limit_raises_what_pyinfra_expects(connector: QuietportConnector) -> None:
-    with pytest.raises(TimeoutError):
-        connector.run_shell_command(StringCommand("sleep 30"), _timeout=1)
+def test_a_command_that_takes_too_long_fails_with_a_sentence(connector: QuietportConnector) -> None:
+    ok, output = connector.run_shell_command(StringCommand("echo before; sleep 30"), _timeout=1)
+    assert not ok
+    assert isinstance(output, Unanswered)
+    assert output.output_lines == ["before", f"vps1: failed: {output.sentence}"]
+    assert "took longer than 1 s" in output.sentence
     assert connector.run_shell_command(StringCommand("true"))[0]
+
+
+def test_a_command_without_a_limit_gets_one(
+    connector: QuietportConnector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connector_module, "COMMAND_LIMIT_S", 1)
+    ok, output = connector.run_shell_command(StringCommand("sleep 30"))
+    assert not ok
+    assert isinstance(output, Unanswered)
+
+
+def test_a_lost_link_fails_with_a_sentence(connector: QuietportConnector) -> None:
+    command = StringCommand("echo said; sleep 2; echo more")
+    assert connector.run_shell_command(command)[1].output_lines == ["said", "more"]
+    assert connector.session is not None
+    cut = threading.Timer(0.7, connector.session.close)
+    cut.start()
+    ok, output = connector.run_shell_command(command)
+    assert not ok
+    assert isinstance(output, Unanswered)
+    assert output.output_lines == ["said", f"vps1: failed: {output.sentence}"]
+    assert output.sentence.startswith("the connection to 127.0.0.1 is lost: ")
+    assert output.sentence.endswith("Run the same command again.")
+    again = connector.run_shell_command(StringCommand("true"))
+    assert not again[0]
+    assert isinstance(again[1], Unanswered)
 
 
 def test_what_a_host_prints_cannot_drive_the_terminal(
