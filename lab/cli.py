@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ def parser() -> argparse.ArgumentParser:
     for word, what in (
         ("snapshot", "keep a target as it is now"),
         ("restore", "bring a target back to its snapshot"),
-        ("restart", "reboot a target"),
         ("logs", "collect a target's journal and state into the run's logs"),
     ):
         verbs.add_parser(word, help=what).add_argument("name")
+    verb = verbs.add_parser("restart", help="reboot targets, several at the same time")
+    verb.add_argument("names", nargs="+", metavar="NAME")
     verb = verbs.add_parser("doctor", help="what this machine lacks, and the command that mends it")
     verb.add_argument("--target", choices=targets.KINDS, default="container")
     verb.add_argument("--json", action="store_true")
@@ -125,6 +127,8 @@ def _act(arguments: argparse.Namespace, run_: Run) -> int:
     if verb == "guard":
         hosts.guard(arguments.file)
         return 0
+    if verb == "restart":
+        return _restart(run_, [run_.target(name) for name in arguments.names])
     return _act_on(arguments, run_, run_.target(arguments.name))
 
 
@@ -142,9 +146,6 @@ def _act_on(arguments: argparse.Namespace, run_: Run, target: Target) -> int:
         up.snapshot(run_, target)
     elif verb == "restore":
         up.restore(run_, target)
-    elif verb == "restart":
-        with run_.lock(), step(f"restart {target.name}"):
-            targets.restart(run_, target)
     else:
         print(evidence.collect(run_, target))
     return 0
@@ -170,11 +171,18 @@ def _up(run_: Run, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _restart(run_: Run, found: Sequence[Target]) -> int:
+    names = ", ".join(target.name for target in found)
+    with run_.lock(), step(f"restart {names}"), ThreadPoolExecutor(max_workers=4) as pool:
+        list(pool.map(lambda target: targets.restart(run_, target), found))
+    return 0
+
+
 def _variants() -> int:
     from lab.variants import ALL
 
     for variant in ALL.values():
-        print(f"{variant.name:<16}{variant.what}")
+        print(f"{variant.name:<22}{variant.what}")
     return 0
 
 
