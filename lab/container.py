@@ -158,6 +158,21 @@ def execute(
     return _execute(_engine(run_), target, command, check=check, timeout=timeout, input=input)
 
 
+def first_pid(run_: Run, target: Target) -> int:
+    """The process id that the target's systemd has on this machine. Raises LabError when it does not run."""
+    return _pid(_engine(run_), target)
+
+
+def _pid(engine: Engine, target: Target) -> int:
+    inspect = engine.docker("inspect", "--format", "{{.State.Pid}}", _container(target), check=False)
+    pid = inspect.stdout.strip()
+    if not pid.isdigit() or pid == "0":
+        raise LabError(
+            f"{target.name} does not run.", hint="`python -m lab up` with the same target starts it."
+        )
+    return int(pid)
+
+
 def _execute(
     engine: Engine,
     target: Target,
@@ -172,12 +187,7 @@ def _execute(
     Not `docker exec`: where cgroup v1 and v2 are mixed it fails (EBUSY) as soon as a container ran inside,
     because it wants a process in a control group that by then hands out controllers.
     """
-    inspect = engine.docker("inspect", "--format", "{{.State.Pid}}", _container(target), check=False)
-    pid = inspect.stdout.strip()
-    if not pid.isdigit() or pid == "0":
-        raise LabError(
-            f"{target.name} does not run.", hint="`python -m lab up` with the same target starts it."
-        )
+    pid = _pid(engine, target)
     enter = ["nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
     # Nothing of this machine's environment belongs into the target.
     clean = ["env", "--ignore-environment", f"PATH={PATH}", "HOME=/root", "LC_ALL=C.UTF-8"]

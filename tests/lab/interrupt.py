@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from tests.lab.story import BIN, CONVERGE_TIMEOUT_S, DEPLOY, ROOT, Done, Hosts
@@ -47,9 +47,12 @@ class Converge:
         self._reader.start()
 
     @staticmethod
-    def start(hosts: Hosts, *args: str, **env: str) -> Converge:
-        """Start one with these further arguments, with `env` on top of the hosts file's environment."""
-        argv = (str(BIN / "pyinfra"), "inventory", DEPLOY, "-y", *args)
+    def start(hosts: Hosts, *args: str, through: Sequence[str] = (), **env: str) -> Converge:
+        """Start one with these further arguments, with `env` on top of the hosts file's environment.
+
+        `through` is a program and its options that end up as pyinfra themselves, in the same process.
+        """
+        argv = (*through, str(BIN / "pyinfra"), "inventory", DEPLOY, "-y", *args)
         process = subprocess.Popen(
             argv,
             cwd=ROOT,
