@@ -10,11 +10,15 @@ from pyinfra.context import host
 
 from control.errors import QuietportError
 from control.settings import HostSettings
+from deploys import docker as docker_deploy
+from deploys import tailscale as tailscale_deploy
+from facts.apt import OfferedKey
 from facts.docker import Docker
 from facts.sshd import SshdFiles
 from facts.system import System
 from facts.tailnet import Tailnet
 from operations import docker, secret, tailnet
+from operations.apt import Repository
 from operations.common import Commands, operation, refuse
 from quietport.sshd import MAIN
 
@@ -69,10 +73,30 @@ def secret_problems(settings: HostSettings, *, name: str) -> Iterator[str]:
             yield str(error).removeprefix(f"{name}: ")
 
 
+def repositories(settings: HostSettings, system: dict[str, Any]) -> list[Repository]:
+    """The signed repositories the host will get."""
+    release = (system["distribution"], system["codename"])
+    wanted = [docker_deploy.repository(settings, *release)] if settings.docker_source == "docker" else []
+    return [*wanted, tailscale_deploy.repository(settings, *release)]
+
+
+def trust_problem(repository: Repository, offered: list[str]) -> str | None:
+    """Why the key that the host is offered is not taken; None also when nobody can tell yet."""
+    if not offered or offered == [repository.fingerprint]:
+        return None
+    return repository.mistrust(" ".join(offered))
+
+
 @operation()
 def possible(settings: HostSettings) -> Commands:
     """The host can be converged as declared; refused with every reason at once otherwise."""
-    problems = [*system_problems(host.get_fact(System))]
+    system = host.get_fact(System)
+    problems = [*system_problems(system)]
+    # Where packages come from is a question of the system.
+    for repository in [] if problems else repositories(settings, system):
+        offered = host.get_fact(OfferedKey, url=repository.key_url, keyring=repository.keyring)
+        untrusted = trust_problem(repository, offered)
+        problems += [untrusted] if untrusted else []
     if not host.get_fact(SshdFiles).get(MAIN):
         problems.append(f"there is no {MAIN}: this is not OpenSSH. Install openssh-server.")
     problems += key_problems(host.get_fact(Tailnet), settings, name=host.name)

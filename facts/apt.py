@@ -14,7 +14,7 @@ from pyinfra.api.command import QuoteString, StringCommand
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import decoded, one_host_at_most, sections, split
+from facts.shell import decoded, one_host_at_most, quoted, sections, split
 
 PUBLIC_KEY_TAG = 6
 
@@ -87,6 +87,50 @@ class Keyring(FactBase[list[str]]):
     def process(self, output: list[str]) -> list[str]:
         try:
             return primary_fingerprints(base64.b64decode("".join(output), validate=True))
+        except (ValueError, binascii.Error):
+            return []
+
+
+# What fetches $1 with what a blank host has. A host that has neither is told nothing here.
+_FETCH = (
+    "if command -v curl >/dev/null; then "
+    "curl --fail --silent --location --proto '=https,http' --max-time 15 --max-filesize 1048576 -- {url}; "
+    "else python3 -I -c 'import sys, urllib.request as r; "
+    "sys.stdout.buffer.write(r.urlopen(sys.argv[1], timeout=15).read(1048576))' {url}; fi"
+)
+
+
+def dearmored(key: bytes) -> bytes:
+    """The binary form of a key that may be in ASCII armor (RFC 4880, 6.2). Raises ValueError."""
+    if b"-----BEGIN PGP" not in key:
+        return key
+    inside = key.partition(b"-----BEGIN PGP")[2].partition(b"-----END PGP")[0].splitlines()
+    begin = next((number for number, line in enumerate(inside) if not line.strip()), None)
+    if begin is None:
+        raise ValueError("no blank line after the armor's headers")
+    # The last line is the checksum: "=" and four characters.
+    return base64.b64decode(b"".join(line.strip() for line in inside[begin:] if not line.startswith(b"=")))
+
+
+class OfferedKey(FactBase[list[str]]):
+    """Fingerprints of the primary keys that the host is offered at `url`, unless it has the file `keyring`.
+
+    Empty when it has, or when it cannot tell: nothing there, no way to fetch it, no key.
+    """
+
+    @staticmethod
+    def default() -> list[str]:
+        return []
+
+    def command(self, url: str, keyring: str) -> str:
+        fetch = _FETCH.format(url=quoted([url]))
+        return sections(key=f"[ -e {quoted([keyring])} ] || {{ {fetch}; }} | head -c 1048576 | base64 -w0")
+
+    @one_host_at_most
+    def process(self, output: list[str]) -> list[str]:
+        try:
+            text = split(output, "key")["key"].text
+            return primary_fingerprints(dearmored(base64.b64decode(text, validate=True)))
         except (ValueError, binascii.Error):
             return []
 

@@ -102,13 +102,13 @@ _UPDATE_ONE = (
 # The key is fetched into a private directory and looked at before it is anywhere apt reads.
 _KEY = """set -eu
 umask 077
-url=$1; wanted=$2; path=$3
+url=$1; wanted=$2; path=$3; mistrust=$4
 work=$(mktemp -d /run/quietport-key.XXXXXXXXXX)
 trap 'rm -rf -- "$work"' EXIT
 trap 'exit 1' HUP INT TERM PIPE
 curl --fail --silent --show-error --location --proto '=https,http' --max-time 120 --max-filesize 1048576 \\
   --retry 3 --output "$work/fetched" -- "$url" || {
-    echo "cannot fetch the signing key from $url" >&2
+    echo "cannot fetch the signing key from $url; what curl said is above." >&2
     exit 1
   }
 quiet_gpg() { gpg --batch --quiet --no-options --homedir "$work" "$@"; }
@@ -120,8 +120,7 @@ fi
 found=$(quiet_gpg --show-keys --with-colons "$work/key" |
   awk -F: '$1 == "pub" { primary = 1 } $1 == "fpr" && primary { print $10; primary = 0 }')
 if [ "$found" != "$wanted" ]; then
-  echo "the key at $url has the fingerprint $(echo $found), the pinned one is $wanted: not trusted." >&2
-  echo "Compare with what upstream publishes, then correct repository or fingerprint in hosts.toml." >&2
+  printf '%s\\n' "refused: $mistrust" | sed "s/FOUND/$(echo ${found:-none})/" >&2
   exit 1
 fi
 install -d -m 0755 -- "$(dirname -- "$path")"
@@ -139,7 +138,8 @@ MARK = "# quietport: "
 class Repository:
     """A signed apt repository and the only packages that may come from it.
 
-    `fingerprint` is the 40 hex digits of the one primary key its keyring may hold.
+    `fingerprint` is the 40 hex digits of the one primary key its keyring may hold. `name` begins the names
+    of the settings it comes from.
     """
 
     name: str
@@ -158,6 +158,14 @@ class Repository:
     @property
     def keyring(self) -> str:
         return f"/etc/apt/keyrings/{self.name}.gpg"
+
+    def mistrust(self, found: str) -> str:
+        """Why a key with another fingerprint is not taken."""
+        return (
+            f"the key at {self.key_url} has the fingerprint {found}, and {self.name}_key_fingerprint says "
+            f"{self.fingerprint}: not trusted. Compare with what upstream publishes, then correct "
+            f"{self.name}_repository or {self.name}_key_fingerprint."
+        )
 
     @property
     def sources_path(self) -> str:
@@ -271,7 +279,10 @@ def repository(repository: Repository) -> Commands:
             yield refuse(f"the repository {repository.uri} has no host in it. Correct it in hosts.toml.")
             return
         changed = True
-        yield script(_KEY, repository.key_url, repository.fingerprint, repository.keyring, timeout=600)
+        mistrust = repository.mistrust("FOUND")
+        yield script(
+            _KEY, repository.key_url, repository.fingerprint, repository.keyring, mistrust, timeout=600
+        )
     for rival in rivals(host.get_fact(Sources), repository):
         changed = True
         where = f"{rival['path']}, line {rival['first']}"

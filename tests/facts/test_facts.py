@@ -20,6 +20,7 @@ from facts import apt, docker, files, packages, shell, sockets, sshd, system, ta
 FIXTURES = Path(__file__).parent
 # Facts of this folder; others keep their tests with their operations.
 COMMANDS: list[tuple[FactBase[Any], tuple[Any, ...]]] = [
+    (apt.OfferedKey(), ("http://127.0.0.1:9/key", "/nowhere/it's.gpg")),
     (apt.Sources(), ()),
     (docker.Docker(), ()),
     (docker.PublishedPorts(), ()),
@@ -32,6 +33,7 @@ COMMANDS: list[tuple[FactBase[Any], tuple[Any, ...]]] = [
     (system.System(), ()),
     (tailnet.Tailnet(), ()),
     (ufw.Ufw(), ()),
+    (units.OwnTimers(), ()),
     (units.Units(), (["ssh.service", "ssh@.socket"],)),
 ]
 
