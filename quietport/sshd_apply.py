@@ -402,6 +402,7 @@ class Apply:
             self.host.write(path, replace(self.before.files[path], data=data))
 
     def _mask(self) -> None:
+        masked: list[str] = []
         for unit in self._sockets():
             state = self.before.units.get(unit) or self.host.unit(unit)
             if state.enabled == "masked" and not state.active:
@@ -414,7 +415,10 @@ class Apply:
                 # An administrator's own unit file: masking would mean removing it. Disabled, it stays down.
                 self.say(f"sshd: {unit} has a file of its own in /etc/systemd/system: disabled, not masked")
                 continue
-            self.host.systemctl("mask", unit)
+            masked.append(unit)
+        if masked:
+            # All at once: systemd reads every unit file anew after each `systemctl mask`.
+            self.host.systemctl("mask", *masked)
         for link in self.before.links:
             self.host.path(link).unlink(missing_ok=True)
 
