@@ -28,6 +28,8 @@ TIMERS = (
 
 @deploy("timers")
 def timers(settings: HostSettings) -> None:
-    """Each timer's units, enabled."""
+    """Each timer's units, enabled; none of ours besides."""
+    units = [timer.unit for timer in TIMERS]
+    operations.no_others(name="timers: none of ours but the declared ones", units=units)
     for timer in each(TIMERS):
         operations.running(name=f"timers: {timer.name}, {timer.schedule}", timer=timer)

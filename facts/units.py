@@ -73,6 +73,28 @@ class Units(FactBase[dict[str, dict[str, Any]]]):
         return found
 
 
+class OwnTimers(FactBase[list[str]]):
+    """Timers that quietport has made here, by the mark in their unit file: ["quietport-report", ...]."""
+
+    @override
+    def command(self) -> str:
+        return sections(
+            timers="cd /etc/systemd/system && for file in quietport-*.timer; do "
+            "[ -f \"$file\" ] && head -n 1 \"$file\" | grep -q '^# Written by quietport' && "
+            'printf "%s\\n" "${file%.timer}"; done; true'
+        )
+
+    @override
+    @staticmethod
+    def default() -> list[str]:
+        return []
+
+    @override
+    @one_host_at_most
+    def process(self, output: list[str]) -> list[str]:
+        return sorted(split(output, "timers")["timers"].text.split())
+
+
 def _unit(shown: dict[str, str]) -> dict[str, Any]:
     return {
         "load": shown.get("LoadState", ""),

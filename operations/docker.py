@@ -9,7 +9,7 @@ from typing import Any
 
 from pyinfra.context import host
 
-from facts.docker import DAEMON_JSON, Docker
+from facts.docker import DAEMON_JSON, Docker, PublishedPorts
 from facts.docker_user import DockerUserChain
 from facts.files import FileText
 from facts.system import System
@@ -24,6 +24,7 @@ SERVICE = "docker.service"
 CHAIN_UNIT = "quietport-docker-user.service"
 CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
 LOOPBACK = "127.0.0.1"
+EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104, what is looked for
 BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
 ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
@@ -167,7 +168,10 @@ def shielded(unit_text: str) -> Commands:
 
     The unit that docker.service requires is installed and has run; its rules are put back when they are not
     as wanted. Never restarted: docker.service requires it, so that would restart Docker too.
+    Ports that were published on every address before stay so, and are named.
     """
+    for sentence in on_every_address(host.get_fact(PublishedPorts)):
+        warn(sentence)
     changed = False
     for step in (files_if_needed({CHAIN_UNIT_PATH: unit_text}), _chain_runs()):
         for command in step:
@@ -175,6 +179,21 @@ def shielded(unit_text: str) -> Commands:
             yield command
     if not changed:
         host.noop("the chain is in place")
+
+
+def on_every_address(ports: list[dict[str, Any]]) -> list[str]:
+    """What there is to say of ports that containers publish on all addresses, as sentences; one at most."""
+    found = {
+        f"{port['host_port']}/{port['protocol']} of {port['container']}"
+        for port in ports
+        if port["host_ip"] in EVERY_ADDRESS
+    }
+    if not found:
+        return []
+    return [
+        f"docker: published on every address, and shielded by the chain alone: {', '.join(sorted(found))}. "
+        "The tailnet reaches them; publish them on 127.0.0.1 when it need not."
+    ]
 
 
 def _chain_runs() -> Commands:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from pyinfra.context import host
 
-from operations.common import Commands, operation, refuse
+from facts.units import OwnTimers
+from operations.common import Commands, operation, refuse, script
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
 
 _FOLDER = Path(__file__).parents[1] / "templates/timers"
@@ -19,6 +21,14 @@ _TEMPLATES = {
     )
     for kind in ("service", "timer")
 }
+# The timer's file goes last: by it the next run finds what a killed one has not finished.
+_RETIRE = """set -eu
+systemctl disable --now --quiet -- "$1.timer"
+rm -f -- "$2/$1.service"
+rm -f -- "$2/$1.timer"
+systemctl daemon-reload
+systemctl reset-failed --quiet -- "$1.service" 2>/dev/null || true
+"""
 _NAME = re.compile(r"^[a-z][a-z0-9-]{0,40}$")
 
 
@@ -91,3 +101,16 @@ def running(timer: Timer) -> Commands:
         yield command
     if not changed:
         host.noop(f"{timer.unit}.timer waits for its time")
+
+
+@operation()
+def no_others(units: Sequence[str]) -> Commands:
+    """Of the timers that quietport has made, only `units` (names without ending) are there.
+
+    An older version leaves others: their programs may be gone, and the service would then fail every day.
+    """
+    retired = [unit for unit in host.get_fact(OwnTimers) if unit not in units]
+    if not retired:
+        host.noop("no timer of ours but the declared ones")
+    for unit in retired:
+        yield script(_RETIRE, unit, UNIT_FOLDER, timeout=180)

@@ -86,3 +86,22 @@ def test_what_is_no_object_is_refused_and_not_overwritten(text: str) -> None:
 )
 def test_the_engine_stays_under_containers(fact: dict[str, Any], source: str, refused: bool) -> None:
     assert (docker.source_refusal(fact, source) is not None) is refused
+
+
+def port(container: str, host_ip: str, number: int) -> dict[str, Any]:
+    return {
+        "container": container,
+        "host_ip": host_ip,
+        "host_port": number,
+        "container_port": 80,
+        "protocol": "tcp",
+    }
+
+
+def test_ports_that_were_published_on_every_address_are_named_once() -> None:
+    assert docker.on_every_address([]) == []
+    assert docker.on_every_address([port("web", "127.0.0.1", 80), port("db", "100.64.0.1", 81)]) == []
+    ports = [port("web", "0.0.0.0", 8080), port("web", "::", 8080), port("shop_db_1", "0.0.0.0", 5432)]
+    (sentence,) = docker.on_every_address([*ports, port("quiet", "::1", 1)])
+    assert "shielded by the chain alone: 5432/tcp of shop_db_1, 8080/tcp of web." in sentence
+    assert "quiet" not in sentence
