@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab.aptrepo import AptRepo
 from lab.process import LabError, run
 from lab.state import Run, Target, write
+from lab.tailnet import Tailnet
 
 # What headscale hands out (its prefixes.v4 and v6): addresses of these go through the control node.
 TAILNET_PATTERNS = ("100.64.*", "fd7a:115c:a1e0:*")
@@ -30,6 +32,18 @@ class Services:
     docker_repository: str
     docker_key_fingerprint: str
 
+    @staticmethod
+    def of(tailnet: Tailnet, repository: AptRepo) -> Services:
+        """Those of a run, which are up."""
+        return Services(
+            login_server=tailnet.login_server,
+            tailnet_proxy=tailnet.proxy_command,
+            tailscale_repository=repository.tailscale_uri,
+            tailscale_key_fingerprint=repository.tailscale_fingerprint,
+            docker_repository=repository.docker_uri,
+            docker_key_fingerprint=repository.docker_fingerprint,
+        )
+
     def to_json(self) -> dict[str, str]:
         """Keys of hosts.toml."""
         return dict(self.__dict__)
@@ -46,7 +60,7 @@ def hosts_toml(
 ) -> str:
     """The text of hosts.toml: what all targets share in [defaults], address and key of each in its own.
 
-    `more` has the keys that a host needs besides, or instead.
+    `more` has the keys that a host needs besides, or instead; None takes one away.
     """
     lines = ["# Written by the lab; `python -m lab up` writes it again.", "", "[defaults]"]
     shared = {"identity_file": str(identity_file), **services.to_json()}
@@ -59,7 +73,7 @@ def hosts_toml(
         # Strings, numbers, booleans and lists of them are written alike in JSON and in TOML.
         own |= more.get(target.name, {})
         lines += ["", f"[hosts.{target.name}]"]
-        lines += [f"{name} = {json.dumps(value)}" for name, value in own.items()]
+        lines += [f"{name} = {json.dumps(value)}" for name, value in own.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

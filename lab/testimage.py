@@ -15,6 +15,14 @@ from lab.process import LabError
 
 NAME = "quietport-test:1"
 PAGE = "quietport test page\n"
+# The same program, for a target that can reach Debian's packages: makes image $1 there when it is not.
+IN_A_TARGET = """
+docker image inspect "$1" >/dev/null 2>&1 || {
+  command -v busybox >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -q -y install busybox-static
+  busybox=$(command -v busybox)
+  tar -C / -c --transform 's,.*/busybox,bin/busybox,' "$busybox" 2>/dev/null | docker import - "$1"
+}
+"""
 APPLETS = ("sh", "httpd", "wget", "nc", "sleep", "cat", "echo", "ip", "ls", "ping", "true")
 
 

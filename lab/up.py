@@ -137,14 +137,7 @@ def write_files(run_: Run, around: Around) -> None:
     found = [target for target in run_.read().targets.values() if target.state != "creating"]
     text = hosts.hosts_toml(
         found,
-        services=hosts.Services(
-            login_server=tailnet.login_server,
-            tailnet_proxy=tailnet.proxy_command,
-            tailscale_repository=repository.tailscale_uri,
-            tailscale_key_fingerprint=repository.tailscale_fingerprint,
-            docker_repository=repository.docker_uri,
-            docker_key_fingerprint=repository.docker_fingerprint,
-        ),
+        services=hosts.Services.of(tailnet, repository),
         identity_file=keys.operator_key(run_),
         auth_keys={t.name: Path(t.detail["auth_key"]) for t in found if "auth_key" in t.detail},
         example_secret=hosts.example_secret(run_),

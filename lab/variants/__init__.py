@@ -12,12 +12,13 @@ from typing import Any
 from lab import targets
 from lab.process import LabError
 from lab.state import Run, Target
-from lab.variants import ssh
+from lab.variants.machine import VARIANTS as MACHINE
 from lab.variants.model import Around, Variant
+from lab.variants.ssh import VARIANTS as SSH
 
 __all__ = ["ALL", "DETAIL", "Around", "Variant", "apply", "begin", "check", "keys_of", "named", "of"]
 
-_MODULES: tuple[Iterable[Variant], ...] = (ssh.VARIANTS,)
+_MODULES: tuple[Iterable[Variant], ...] = (SSH, MACHINE)
 ALL: Mapping[str, Variant] = {variant.name: variant for module in _MODULES for variant in module}
 
 # The key in a target's detail that has the names of its variants, with commas.
@@ -54,8 +55,9 @@ def of(target: Target) -> list[Variant]:
 
 
 def apply(run_: Run, target: Target, around: Around) -> None:
-    """Make a blank target what its variants say. Raises LabError when one of their scripts fails."""
+    """Make a blank target what its variants say. Raises LabError when one of them cannot be had."""
     for variant in of(target):
+        variant.here(run_, target, around)
         text = variant.script(run_, target, around)
         targets.execute(run_, target, ["sh", "-euc", text], timeout=SCRIPT_TIMEOUT_S)
 

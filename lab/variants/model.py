@@ -23,6 +23,10 @@ def _no_keys(_run: Run, _target: Target) -> Mapping[str, Any]:
     return {}
 
 
+def _nothing(_run: Run, _target: Target, _around: Around) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Variant:
     """A way in which a host is not blank."""
@@ -32,8 +36,10 @@ class Variant:
     """A sentence for people."""
     script: Callable[[Run, Target, Around], str]
     """Shell text, run as root on the target with `sh -eu`."""
+    here: Callable[[Run, Target, Around], None] = _nothing
+    """What is done from this machine, before the script. Raises LabError."""
     keys: Callable[[Run, Target], Mapping[str, Any]] = _no_keys
-    """What its entry in hosts.toml needs besides."""
+    """What its entry in hosts.toml needs besides; None takes a key away."""
     at_converge: str = ""
     """Shell text run on the target, as root, at the moment a story's converge begins. It must not wait."""
     kinds: tuple[str, ...] = ("container", "vm")

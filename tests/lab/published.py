@@ -7,20 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from lab import testimage
 from lab.state import Target
 from tests.lab.story import Hosts, Place
 
 PORT = 8080
 NETWORK = "e2e"
 IMAGE = "e2e-httpd"
-# A static busybox is an image of its own; nothing is pulled from anywhere.
-_IMAGE = f"""
-set -e
-docker image inspect {IMAGE} >/dev/null 2>&1 && exit 0
-command -v busybox >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -q -y install busybox-static
-box=$(command -v busybox)
-tar -C / -c --transform 's,.*/busybox,bin/busybox,' "$box" 2>/dev/null | docker import - {IMAGE}
-"""
 _SERVE = f"--restart always {IMAGE} /bin/busybox httpd -f -p 80 -h /"
 
 
@@ -39,7 +32,7 @@ class Published:
 
 def publish(hosts: Hosts, target: Target) -> Published:
     """Start one container on Docker's own bridge and one on a network such as compose makes."""
-    hosts.ssh(target.name, _IMAGE).ok()
+    hosts.ssh(target.name, f"set -e; set -- {IMAGE}; {testimage.IN_A_TARGET}").ok()
     subnet6 = "fd00:e2e::/64"
     commands = [
         f"docker network inspect {NETWORK} >/dev/null 2>&1 ||"
@@ -70,10 +63,10 @@ REQUEST = "(printf 'GET / HTTP/1.0\\r\\n\\r\\n'; sleep 3)"
 
 
 @contextmanager
-def shield_lowered(hosts: Hosts, name: str) -> Iterator[None]:
-    """The same host without our chain, and with the port open: shows that the probe can see it."""
+def shield_lowered(hosts: Hosts, name: str, ports: str = f"{PORT}:{PORT + 1}") -> Iterator[None]:
+    """The same host without our chain, and with these ports open: shows that the probe can see them."""
     both = "for t in iptables ip6tables; do {}; done"
-    rule = f"INPUT -p tcp --dport {PORT}:{PORT + 1} -j ACCEPT"
+    rule = f"INPUT -p tcp --dport {ports} -j ACCEPT"
     lower = both.format(f"$t -F DOCKER-USER && $t -t mangle -F QUIETPORT-FORWARD && $t -I {rule}")
     hosts.ssh(name, f"set -e; {lower}").ok()
     try:

@@ -14,7 +14,7 @@ from lab import hosts, variants
 from lab.process import LabError
 from lab.state import Run, Target
 from lab.up import Wanted
-from lab.variants import ssh
+from lab.variants import machine, ssh
 
 TARGET = Target(
     name="c13-x",
@@ -137,7 +137,43 @@ def test_the_generator_of_the_socket_does_what_ubuntus_does(
     )
 
 
-@pytest.mark.parametrize("variant", [one for one in ssh.VARIANTS if one.name != "sudo-password"])
+def test_a_variant_may_take_a_key_away(a_run: Run) -> None:
+    target = with_variants("tailnet-ssh")
+    text = hosts.hosts_toml(
+        [target],
+        services=hosts.Services(*["x"] * 6),
+        identity_file=Path("/k"),
+        auth_keys={target.name: Path("/key")},
+        example_secret=Path("/s"),
+        more={target.name: variants.keys_of(a_run, target)},
+    )
+    assert tomllib.loads(text)["hosts"]["c13-x"] == {"address": target.public_ip}
+
+
+def test_an_older_project_that_is_not_in_the_history_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUIETPORT_LAB_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "OLDER", "0" * 40)
+    with pytest.raises(LabError, match="has no commit 0000") as caught:
+        machine._older_source()
+    assert "git fetch" in caught.value.hint
+
+
+def test_the_older_project_is_unpacked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUIETPORT_LAB_CACHE", str(tmp_path))
+    source = machine._older_source()
+    assert (source / "deploys/vps.py").is_file()
+    (source / "mark").touch()
+    assert machine._older_source() == source
+    assert (source / "mark").exists()
+
+
+# These ask the run's services, or openssl.
+ASKING = ("sudo-password", "tailnet-ssh")
+
+
+@pytest.mark.parametrize("variant", [one for name, one in variants.ALL.items() if name not in ASKING])
 def test_a_script_is_shell(a_run: Run, variant: variants.Variant) -> None:
     text = variant.script(a_run, TARGET, None)  # type: ignore[arg-type]
     subprocess.run(["sh", "-n"], input=text, text=True, check=True)
