@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from io import IOBase
 from typing import IO, Any, cast
 
+from paramiko import SSHException
 from pyinfra import logger
 from pyinfra.api.command import StringCommand
 from pyinfra.api.exceptions import ConnectError
@@ -21,6 +22,7 @@ from pyinfra.connectors.util import CommandOutput, OutputLine, make_unix_command
 from typing_extensions import override
 
 from control.errors import QuietportError
+from control.lock import HostLock, fenced
 from control.reach import open_session
 from control.secret import Secret
 from control.session import LinkLost, Session
@@ -68,6 +70,7 @@ class QuietportConnector(SSHConnector):
 
     handles_execution = True
     session: Session | None = None
+    lock: HostLock | None = None
 
     @override
     @staticmethod
@@ -87,19 +90,37 @@ class QuietportConnector(SSHConnector):
             except BaseException:
                 session.close()
                 raise
-        except QuietportError as error:
+        except (QuietportError, SSHException, OSError) as error:
             raise ConnectError(self._without_name(str(error))) from error
         self.switch(session)
 
     @override
     def disconnect(self) -> None:
-        """Close the connection."""
+        """Give the lock back and close the connection."""
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
         if self.session is not None:
             self.session.close()
             self.session = None
 
+    def take_lock(self) -> None:
+        """Be the only controller at this host until `disconnect`; every command is fenced from now on.
+
+        Raises LockError with who has it and since when, ReachError when it cannot be had.
+        """
+        if self.lock is None:
+            self.lock = HostLock.take(
+                self._live(), say=lambda sentence: logger.info(f"{self.host.print_prefix}{sentence}")
+            )
+
     def switch(self, session: Session) -> None:
-        """Go on with another session of the same host, and close the one used until now."""
+        """Go on with another session of the same host, and close the one used until now.
+
+        Raises LockError when another controller has taken the host; then nothing is switched.
+        """
+        if self.lock is not None:
+            self.lock.move(session)
         before, self.session = self.session, session
         if before is not None and before is not session:
             before.close()
@@ -141,7 +162,10 @@ class QuietportConnector(SSHConnector):
         limit = arguments.get("_timeout") or COMMAND_LIMIT_S
         try:
             result = self._live().run(
-                line, stdin=_stdin(arguments.get("_stdin")), timeout=limit, on_output=lines.feed
+                self._fenced(line),
+                stdin=_stdin(arguments.get("_stdin")),
+                timeout=limit,
+                on_output=lines.feed,
             )
         except QuietportError as error:
             return False, self._unanswered(lines, self._without_name(str(error)))
@@ -172,7 +196,7 @@ class QuietportConnector(SSHConnector):
         with get_file_io(cast("str | IO[Any]", filename_or_io)) as stream:
             content = stream.read()
         data = content.encode() if isinstance(content, str) else content
-        line = shlex.join(["sh", "-c", _PUT, "sh", remote_filename, str(len(data))])
+        line = self._fenced(shlex.join(["sh", "-c", _PUT, "sh", remote_filename, str(len(data))]))
         done = self._live().run(line, stdin=data, timeout=arguments.get("_timeout") or None)
         return self._transferred("uploaded", remote_filename, done.exit_code, done.stderr, print_output)
 
@@ -202,6 +226,15 @@ class QuietportConnector(SSHConnector):
 
     def _unanswered(self, lines: _Lines, sentence: str) -> Unanswered:
         return Unanswered(self.host.name, lines.finish(clean=True), sentence)
+
+    def _fenced(self, line: str) -> str:
+        """`line`, run only while the lock is ours, once it was taken."""
+        if self.lock is None:
+            return line
+        if not self.lock.held:
+            # We were silent for too long, while a question waited for its answer, say.
+            self.lock.move(self._live())
+        return fenced(line)
 
     def _live(self) -> Session:
         if self.session is None:

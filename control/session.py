@@ -132,15 +132,37 @@ class Session:
                 + " "
                 + line
             )
-        if escalate and self.user != "root":
-            self.become_root()
-            if self._sudo == "free":
-                line = f"sudo -n -H -- {line}"
-            else:
-                # If sudo asks for no password after all, the mark keeps it out of the command's input.
-                line = f"sudo -k -S -H -p '' -- {shlex.join(['sh', '-c', _AFTER_MARK, 'sh', line])}"
-                payload = self._password_line + _MARK + payload
+        if escalate:
+            line, before = self._as_root(line)
+            payload = before + payload
         return self._execute(line, payload, timeout, on_output)
+
+    def converse(self, command: str) -> Conversation:
+        """Start a shell command as root and leave it running, its input open, until it is closed.
+
+        Raises ReachError when root cannot be had or the link is lost.
+        """
+        line, before = self._as_root(shlex.join(["sh", "-c", command]))
+        try:
+            channel = self._transport.open_session(timeout=OPEN_TIMEOUT_S)
+            channel.set_combine_stderr(True)
+            channel.exec_command(line)
+            if before:
+                channel.sendall(before)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise self._lost(str(error)) from error
+        return Conversation(channel, self._lost)
+
+    def _as_root(self, line: str) -> tuple[str, bytes]:
+        """The command line that runs `line` as root, and what goes into its input first."""
+        if self.user == "root":
+            return line, b""
+        self.become_root()
+        if self._sudo == "free":
+            return f"sudo -n -H -- {line}", b""
+        # If sudo asks for no password after all, the mark keeps it out of the command's input.
+        marked = shlex.join(["sh", "-c", _AFTER_MARK, "sh", line])
+        return f"sudo -k -S -H -p '' -- {marked}", self._password_line + _MARK
 
     def become_root(self) -> None:
         """Find out how this user becomes root. Raises ReachError with what is missing."""
@@ -220,6 +242,54 @@ class Session:
     def _give_up(self) -> None:
         self._silent = True
         self.close()
+
+
+class Conversation:
+    """A command that goes on while it is talked to, a line at a time. Made by `Session.converse`."""
+
+    def __init__(self, channel: paramiko.Channel, lost: Callable[[str], LinkLost]) -> None:
+        self._channel = channel
+        self._lost = lost
+        self._heard = b""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the command runs, as far as is known."""
+        return not (self._channel.closed or self._channel.eof_received)
+
+    def say(self, line: str) -> None:
+        """Send a line. Raises LinkLost when nobody is there to read it."""
+        try:
+            self._channel.sendall(f"{line}\n".encode())
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise self._lost(str(error)) from error
+
+    def hear(self, timeout: float) -> str | None:
+        """The next line of its output, errors included; None at its end.
+
+        Raises TimeoutError when there is none within `timeout` seconds, LinkLost when the link is gone.
+        """
+        self._channel.settimeout(timeout)
+        while b"\n" not in self._heard:
+            try:
+                piece = self._channel.recv(_CHUNK)
+            except TimeoutError:
+                raise
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                raise self._lost(str(error)) from error
+            if not piece:
+                if not self._channel.get_transport().is_active():
+                    raise self._lost("")
+                rest, self._heard = self._heard, b""
+                return rest.decode("utf-8", "replace") if rest else None
+            self._heard += piece
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """End its input and its output. Harmless when it has ended."""
+        with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+            self._channel.close()
 
 
 class _Running:

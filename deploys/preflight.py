@@ -17,7 +17,7 @@ from facts.docker import Docker
 from facts.sshd import SshdFiles
 from facts.system import System
 from facts.tailnet import Tailnet
-from operations import docker, secret, tailnet
+from operations import docker, lock, secret, tailnet
 from operations.apt import Repository
 from operations.common import Commands, operation, refuse
 from quietport.sshd import MAIN
@@ -113,4 +113,5 @@ def possible(settings: HostSettings) -> Commands:
 @deploy("preflight")
 def preflight(settings: HostSettings) -> None:
     """Refuse before anything is changed."""
+    lock.held(name="preflight: no other controller is at work on the host")
     possible(name="preflight: the host can become what is declared", settings=settings)

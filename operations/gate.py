@@ -18,6 +18,7 @@ from pyinfra.api.command import FunctionCommand, PyinfraCommand
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
 
+from control.errors import QuietportError
 from control.proof import prove
 from control.settings import settings_for
 from facts.tailnet import Tailnet
@@ -98,8 +99,11 @@ def _prove(host: Host, addresses: Sequence[str]) -> Refusal | None:
     sentence = proof.sentence.removeprefix(f"{host.name}: ")
     if not proof.ok or proof.session is None:
         return Refusal(sentence)
-    host.connector.switch(proof.session)  # type: ignore[attr-defined]
+    try:
+        host.connector.switch(proof.session)  # type: ignore[attr-defined]
+    except QuietportError as error:
+        proof.session.close()
+        return Refusal(str(error).removeprefix(f"{host.name}: "))
     _proved[host.name] = time.monotonic()
     logger.info(f"{host.print_prefix}{sentence}")
     return None
-

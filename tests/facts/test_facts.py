@@ -15,13 +15,14 @@ from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from pyinfra_testing.facts import make_fact_tests
 
-from facts import apt, docker, files, packages, shell, sockets, sshd, system, tailnet, ufw, units
+from facts import apt, controller, docker, files, packages, shell, sockets, sshd, system, tailnet, ufw, units
 
 FIXTURES = Path(__file__).parent
 # Facts of this folder; others keep their tests with their operations.
 COMMANDS: list[tuple[FactBase[Any], tuple[Any, ...]]] = [
     (apt.OfferedKey(), ("http://127.0.0.1:9/key", "/nowhere/it's.gpg")),
     (apt.Sources(), ()),
+    (controller.Controller(), ()),
     (docker.Docker(), ()),
     (docker.PublishedPorts(), ()),
     (files.FileState(), ("/nowhere/it's",)),

@@ -1,4 +1,4 @@
-"""Every path of the operations on files, apt, users, programs, docker and the tailnet, one fixture each."""
+"""Every path of the operations before secrets, from the lock to the tailnet, one fixture each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from operations import gate, tailnet
 from tests.operations import fixtures
 
-MODULES = ("files", "apt", "users", "programs", "tailnet", "docker")
+MODULES = ("lock", "files", "apt", "users", "programs", "tailnet", "docker")
 
 
 @pytest.fixture(autouse=True)

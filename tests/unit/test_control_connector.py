@@ -17,10 +17,13 @@ from pyinfra.api import Config, HiddenValue, Inventory, QuoteString, State, Stri
 from pyinfra.api.exceptions import ConnectError, NoConnectorError
 
 from control import connector as connector_module
+from control import lock
 from control.connector import QuietportConnector, Unanswered, printable
 from control.errors import SettingsError
+from control.lock import LockError
 from control.reach import open_session, remember_tailnet
 from control.secret import Secret
+from control.session import Session
 from tests.unit.control_sshd import NEEDS_ROOT, Operator, Person, Server, forget_caches, free_port
 
 pytestmark = NEEDS_ROOT
@@ -323,6 +326,59 @@ def test_a_host_that_cannot_be_used_fails_alone_with_our_sentence(
         expected = "for a password"
     with pytest.raises(ConnectError, match=expected):
         made().connect()
+
+
+def test_a_host_that_does_not_answer_in_time_fails_alone(
+    operator: Operator, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operator.host(port=server.port)
+
+    def slow(session: Session) -> None:
+        raise TimeoutError(f"{session.name}: a command took longer than 30 s")
+
+    monkeypatch.setattr(Session, "become_root", slow)
+    with pytest.raises(ConnectError, match=r"^a command took longer than 30 s"):
+        made().connect()
+
+
+# --- the lock ---
+
+
+def test_with_the_lock_every_command_is_fenced_also_after_a_switch(
+    connector: QuietportConnector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "lock"
+    monkeypatch.setattr(lock, "DIRECTORY", str(place))
+    owner = place / "lock.owner"
+    connector.take_lock()
+    connector.take_lock()
+    assert owner.exists()
+    before = connector.session
+    connector.switch(open_session("vps1"))
+    assert before is not None
+    assert not before.alive
+    assert connector.lock is not None
+    assert connector.lock.held
+    assert connector.run_shell_command(StringCommand("echo ran"))[1].stdout == "ran"
+    assert connector.put_file(io.BytesIO(b"new"), str(tmp_path / "file"))
+    owner.write_text("another\nroot@box\n4711\n2026-11-21 10:00:00\n")
+    ok, said = connector.run_shell_command(StringCommand(f"touch {tmp_path}/never"))
+    assert not ok
+    assert said.stderr == (
+        "refused: root@box (process 4711) took the lock over at 2026-11-21 10:00:00 UTC; nothing was done."
+    )
+    assert not connector.put_file(io.BytesIO(b"newer"), str(tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == b"new"
+    proof = open_session("vps1")
+    with pytest.raises(LockError, match="was lost to root@box"):
+        connector.switch(proof)
+    assert connector.session is not proof
+    connector.disconnect()
+    assert owner.exists(), "it is the other one's"
+
+
+def test_without_the_lock_nothing_is_fenced(connector: QuietportConnector) -> None:
+    assert connector._fenced("true") == "true"
 
 
 def test_names(operator: Operator) -> None:

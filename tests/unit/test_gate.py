@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pyinfra.api.command import FunctionCommand, StringCommand
 
+from control.errors import ReachError
 from control.proof import Proof
 from control.settings import HostSettings
 from operations import gate
@@ -18,7 +20,11 @@ from operations import gate
 class Connector:
     session: Any = None
 
+    taken_by: str = ""
+
     def switch(self, session: Any) -> None:
+        if self.taken_by:
+            raise ReachError(f"vps1: the lock of this run was lost to {self.taken_by}.")
         self.session = session
 
 
@@ -38,6 +44,7 @@ class World:
     host: FakeHost
     proofs: list[tuple[str, Any]]
     clock: list[float]
+    closed: list[str] = field(default_factory=list)
     ok: bool = True
     blocked: str | None = None
 
@@ -52,7 +59,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
     def prove(name: str, addresses: Any) -> Proof:
         world.proofs.append((name, addresses))
-        session = SimpleNamespace(way="tailnet") if world.ok else None
+        close = partial(world.closed.append, "closed")
+        session = SimpleNamespace(way="tailnet", close=close) if world.ok else None
         return Proof(ok=world.ok, sentence="vps1: it is said here", session=session)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gate, "prove", prove)
@@ -92,6 +100,16 @@ def test_without_a_proof_it_stays_shut(world: World, caplog: pytest.LogCaptureFi
         assert not world.passes()
     assert world.host.connector.session is None
     assert "vps1: refused: it is said here" in caplog.text
+
+
+def test_a_host_that_another_controller_took_stays_as_it_is(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.host.connector.taken_by = "root@box"
+    with caplog.at_level("ERROR", logger="pyinfra"):
+        assert not world.passes()
+    assert "vps1: refused: the lock of this run was lost to root@box." in caplog.text
+    assert world.closed == ["closed"]
 
 
 def test_a_tailnet_that_will_not_last_is_not_even_tried(world: World) -> None:
