@@ -93,6 +93,7 @@ WEB, DATABASE = 8080, 5432
 PROJECT = "shop"
 _IMAGE = "lab-busybox"
 # Each start of a container leaves a line in it: whether it was restarted, and when, can be read later.
+# (With an init: without, its first process ignores SIGTERM, and the host's shutdown waits 90 s for it.)
 _SERVE = "/bin/busybox date +%s >>/starts; exec /bin/busybox httpd -f -p {} -h /"
 
 
@@ -109,7 +110,7 @@ apt-get -q update >/dev/null
 {install}
 set -- {_IMAGE}
 {testimage.IN_A_TARGET}
-docker run -d --name web --restart always -p 0.0.0.0:{WEB}:80 {_IMAGE} {serve[0]}
+docker run -d --name web --init --restart always -p 0.0.0.0:{WEB}:80 {_IMAGE} {serve[0]}
 mkdir -p /srv/{PROJECT}
 cat >/srv/{PROJECT}/docker-compose.yml <<'END'
 version: "2.4"
@@ -117,6 +118,7 @@ services:
   db:
     image: {_IMAGE}
     command: {serve[1]}
+    init: true
     restart: always
     ports: ["{DATABASE}:{DATABASE}"]
 END

@@ -14,7 +14,8 @@ from tests.lab.story import Hosts, Place
 PORT = 8080
 NETWORK = "e2e"
 IMAGE = "e2e-httpd"
-_SERVE = f"--restart always {IMAGE} /bin/busybox httpd -f -p 80 -h /"
+# --init: without, the container's first process ignores SIGTERM, and the host's shutdown waits 90 s for it.
+_SERVE = f"--init --restart always {IMAGE} /bin/busybox httpd -f -p 80 -h /"
 
 
 @dataclass(frozen=True)
