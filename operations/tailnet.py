@@ -173,7 +173,8 @@ def key_to_use(key: Secret, *, tags: tuple[str, ...]) -> Secret:
     return Secret(joined_text.encode("utf-8", errors="surrogateescape"), source=key.source)
 
 
-_KEY_TEXT = re.compile(r"tskey-[A-Za-z0-9_?=&%.-]+")
+# Tailscale's keys and headscale's.
+_KEY_TEXT = re.compile(r"[th]skey-[A-Za-z0-9_?=&%.-]+")
 
 
 def redacted(text: str, key: Secret | None = None) -> str:
