@@ -1,8 +1,9 @@
 """End-to-end stories on real targets. Each kind of target tells its own, in the background.
 
-`fleet` is both Debians in containers, converged in one run; `vm` is the VM; `faults` is a host where
-things go wrong. The tests wait for the chapter they are about. A story whose tests failed keeps its
-targets and their logs, the others are taken down.
+`fleet` is both Debians in containers, converged in one run; `vm` is the VM; `variants` and `vm_mixed` are
+hosts that are not blank (variants.py); `faults` is a host where things go wrong. The tests wait for the
+chapter they are about. A story whose tests failed keeps its targets and their logs, the others are taken
+down.
 """
 
 from __future__ import annotations
@@ -11,22 +12,25 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.lab import record, table
+from lab.up import Wanted
+from tests.lab import record, table, variants
+from tests.lab.checks import CHECKS
 from tests.lab.story import TOLD, Lab, in_ci
 from tests.lab.tale import Tale, tell
 
-STORIES = {
-    "fleet": (("container", "trixie"), ("container", "bookworm")),
-    "vm": (("vm", "trixie"),),
+BLANK = {
+    "fleet": (Wanted.of("container", "trixie"), Wanted.of("container", "bookworm")),
+    "vm": (Wanted.of("vm", "trixie"),),
 }
 if os.environ.get("QUIETPORT_TEST_ALL") == "1":
-    STORIES["vm_bookworm"] = (("vm", "bookworm"),)
+    BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
+STORIES = {**BLANK, **variants.STORIES}
 MARKERS = {
     "container": "needs Docker and root: a target in a container",
     "vm": "needs libvirt, QEMU and root: a target in a virtual machine",
@@ -41,23 +45,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _kind(story: str) -> str:
-    return STORIES[story][0][0]
+    return STORIES[story][0].kind
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of the story is a test of each target it is told on.
 
-    A module's TOLD_BY names the stories that are enough where the kind of target makes no difference.
+    A module's TOLD_BY names the stories that are enough where the kind of target makes no difference. What
+    asks for a `guest` is a test of each host that is not blank.
     """
-    if "story" in metafunc.fixturenames:
-        names = getattr(metafunc.module, "TOLD_BY", STORIES)
+    if "guest" in metafunc.fixturenames:
+        hosts = [
+            pytest.param(story, want.name, marks=getattr(pytest.mark, want.kind), id=want.name)
+            for story, wanted in variants.STORIES.items()
+            for want in wanted
+        ]
+        metafunc.parametrize(("story", "guest_name"), hosts, scope="session")
+    elif "story" in metafunc.fixturenames:
+        names = getattr(metafunc.module, "TOLD_BY", BLANK)
         told = [pytest.param(name, marks=getattr(pytest.mark, _kind(name))) for name in names]
         metafunc.parametrize("story", told, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Faults first: they keep this thread busy while the stories are told in the background."""
-    items.sort(key=lambda item: 0 if "test_faults" in item.nodeid else 1 if "fleet" in item.name else 2)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    story = _told_of(item)
+    if story is None or story == "fleet":
+        return 0 if "test_faults" in item.nodeid else 1
+    return 2 if _kind(story) == "container" else 3
 
 
 @dataclass
@@ -87,7 +106,10 @@ def _missing(kind: str) -> str:
 def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
     """Start every story that a selected test is about; all run at the same time."""
     wanted = [name for name in STORIES if any(_told_of(item) == name for item in request.session.items)]
-    told = {name: tell(name, STORIES[name]) for name in wanted if in_ci() or not _missing(_kind(name))}
+    told: dict[str, Tale] = {}
+    for name in wanted:
+        if in_ci() or not _missing(_kind(name)):
+            told[name] = _tell(name, told)
     stories = Stories(told, set())
     yield stories
     for name, tale in told.items():
@@ -95,6 +117,21 @@ def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
             tale.lab.collect()
         else:
             tale.lab.down()
+
+
+def _tell(name: str, told: Mapping[str, Tale]) -> Tale:
+    """Begin a story. One of hosts that are not blank waits for those before it on the same kind of target."""
+    if name in BLANK:
+        return tell(name, STORIES[name])
+    before = [tale for other, tale in told.items() if _kind(other) == _kind(name)]
+    return variants.tell(name, STORIES[name], checks=CHECKS, after=before)
+
+
+@pytest.fixture
+def guest(tale: Tale, guest_name: str) -> variants.Guest:
+    """The host that is not blank a test is about."""
+    assert isinstance(tale, variants.Variants)
+    return tale.guest(guest_name)
 
 
 @pytest.fixture

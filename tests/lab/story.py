@@ -12,6 +12,7 @@ import secrets
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -203,6 +204,7 @@ class Hosts:
         return Applied(
             changed=changes_of(operations, "success"),
             failed=changes_of(operations, "error"),
+            unchanged=changes_of(operations, "no_change"),
             operations=len(operations),
             done=done,
         )
@@ -231,10 +233,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Applied:
-    """(host, operation) pairs that a converge changed, and that failed."""
+    """(host, operation) pairs that a converge changed, that failed, and that it found as wanted."""
 
     changed: frozenset[tuple[str, str]]
     failed: frozenset[tuple[str, str]]
+    unchanged: frozenset[tuple[str, str]]
     operations: int
     done: Done
 
@@ -296,6 +299,11 @@ class Chapters:
             self.seconds[name] = time.monotonic() - began
             print(f"· {self.name} {name}: {self.seconds[name]:.0f} s", file=sys.stderr, flush=True)
 
+    def wait(self) -> None:
+        """Wait for the last step, told or not reached."""
+        *_, last = self.results.values()
+        last.exception()
+
     def __getitem__(self, name: str) -> Any:
         """The result of a step, waited for. A step that failed, or was not reached, fails the test."""
         try:
@@ -310,7 +318,7 @@ class Chapters:
 # stop, and prints each that opens, and how often it has tried.
 _PROBER = """
 import json, os, socket, sys, threading, time
-once = len(sys.argv) > 2
+pause = float(sys.argv[2])
 
 def say(value):
     # One write a line: print would mix the lines of threads.
@@ -324,9 +332,9 @@ def watch(address, port):
         except OSError:
             pass
         say(1)
-        if once:
+        if not pause:
             return
-        time.sleep(0.1)
+        time.sleep(pause)
 
 threads = [threading.Thread(target=watch, args=place) for place in json.loads(sys.argv[1])]
 [thread.start() for thread in threads]
@@ -334,14 +342,14 @@ threads = [threading.Thread(target=watch, args=place) for place in json.loads(sy
 """
 
 
-def prober(target: Target, places: Sequence[Place]) -> list[str]:
-    """The command that probes from the target's public side."""
-    return public.argv(target, [sys.executable, "-c", _PROBER, json.dumps(places)])
+def prober(target: Target, places: Sequence[Place], *, every: float = 0) -> list[str]:
+    """The command that probes from the target's public side, `every` so many seconds; once without."""
+    return public.argv(target, [sys.executable, "-c", _PROBER, json.dumps(places), str(every)])
 
 
 def reachable(target: Target, places: Sequence[Place]) -> set[Place]:
     """Which of these can be connected to from the target's public side, each tried once."""
-    lines = [json.loads(line) for line in run([*prober(target, places), "once"]).ok().out.splitlines()]
+    lines = [json.loads(line) for line in run(prober(target, places)).ok().out.splitlines()]
     return {(line[0], line[1]) for line in lines if isinstance(line, list)}
 
 
@@ -354,16 +362,20 @@ class Watch:
 
 
 @contextmanager
-def watched(target: Target, places: Sequence[Place]) -> Iterator[Watch]:
-    """Probe these places from the public side, again and again, for as long as the block lasts."""
+def watched(target: Target, places: Sequence[Place], *, every: float = 0.1) -> Iterator[Watch]:
+    """Probe these places from the public side, `every` so many seconds, for as long as the block lasts."""
     seen = Watch()
-    process = subprocess.Popen(prober(target, places), stdout=subprocess.PIPE, text=True)
-    try:
-        yield seen
-    finally:
-        process.terminate()
+    # Into a file: a pipe that nobody reads meanwhile is full one day, and the prober would stand still.
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(prober(target, places, every=every), stdout=said)
+        try:
+            yield seen
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+        said.seek(0)
         # The last line may be cut by the signal.
-        for line in process.communicate(timeout=30)[0].split("\n")[:-1]:
+        for line in said.read().split("\n")[:-1]:
             value = json.loads(line)
             if isinstance(value, int):
                 seen.tries += value

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from lab import targets
 from lab.aptrepo import AptRepo
+from lab.up import Wanted
 from tests.lab.published import Published, publish
 from tests.lab.story import (
     SECRET_PATH,
@@ -28,7 +30,7 @@ class Tale:
     """One story: its lab, its hosts file, and what its chapters found."""
 
     lab: Lab
-    wanted: Sequence[tuple[str, str]]
+    wanted: Sequence[Wanted]
     names: list[str] = field(default_factory=list)
     hosts: Hosts = field(init=False)
     published: dict[str, Published] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class Tale:
     def up(self) -> None:
         """Blank targets, made at the same time, and the operator's hosts file for them."""
         with ThreadPoolExecutor() as pool:
-            self.names = sorted(pool.map(lambda w: self.lab.up(kind=w[0], distro=w[1]), self.wanted))
+            self.names = sorted(pool.map(lambda w: self.lab.up(kind=w.kind, distro=w.distro), self.wanted))
         if "c12" in self.names:
             AptRepo.attach(self.lab.run.directory).publish_docker()
         self.hosts = self.vary("story", {SECRET_PATH: f"env:{SECRET_VARIABLE}"})
@@ -69,14 +71,14 @@ class Tale:
     def restart(self) -> None:
         """Reboot every host, and wait until sshd answers on the tailnet again."""
         before = {name: self._boot(name) for name in self.names}
-        for name in self.names:
-            self.lab("restart", name).ok()
-        for name in self.names:
-            self._wait_for_return(name, before[name])
+        self.lab("restart", *self.names, timeout=RETURN_TIMEOUT_S + 30 * len(self.names)).ok()
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(lambda name: self._wait_for_return(name, before[name]), self.names))
 
     def _boot(self, name: str) -> str:
         # A container shares the machine's boot id; when its PID 1 began tells restarts apart.
-        return self.hosts.ssh(name, "stat -c %Z /proc/1").ok().out.strip()
+        done = targets.execute(self.lab.run, self.lab.target(name), ["stat", "-c", "%Z", "/proc/1"])
+        return done.stdout.strip()
 
     def _wait_for_return(self, name: str, before: str) -> None:
         end = time.monotonic() + RETURN_TIMEOUT_S
@@ -90,7 +92,7 @@ class Tale:
         raise AssertionError(f"{name} did not come back on the tailnet: {last.text[-2000:] if last else ''}")
 
 
-def tell(word: str, wanted: Sequence[tuple[str, str]]) -> Tale:
+def tell(word: str, wanted: Sequence[Wanted]) -> Tale:
     """Begin a story in the background."""
     tale = Tale(Lab.new(word.replace("_", "-")), wanted)
     tale.chapters = Chapters(
