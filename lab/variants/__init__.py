@@ -16,7 +16,7 @@ from lab.variants.machine import VARIANTS as MACHINE
 from lab.variants.model import Around, Variant
 from lab.variants.ssh import VARIANTS as SSH
 
-__all__ = ["ALL", "DETAIL", "Around", "Variant", "apply", "begin", "check", "keys_of", "named", "of"]
+__all__ = ["ALL", "DETAIL", "Around", "Variant", "apply", "check", "keys_of", "named", "of"]
 
 _MODULES: tuple[Iterable[Variant], ...] = (SSH, MACHINE)
 ALL: Mapping[str, Variant] = {variant.name: variant for module in _MODULES for variant in module}
@@ -60,13 +60,6 @@ def apply(run_: Run, target: Target, around: Around) -> None:
         variant.here(run_, target, around)
         text = variant.script(run_, target, around)
         targets.execute(run_, target, ["sh", "-euc", text], timeout=SCRIPT_TIMEOUT_S)
-
-
-def begin(run_: Run, target: Target) -> None:
-    """Do what its variants do at the moment a converge begins. Raises LabError when that fails."""
-    for variant in of(target):
-        if variant.at_converge:
-            targets.execute(run_, target, ["sh", "-euc", variant.at_converge])
 
 
 def keys_of(run_: Run, target: Target) -> dict[str, Any]:

@@ -40,8 +40,6 @@ class Variant:
     """What is done from this machine, before the script. Raises LabError."""
     keys: Callable[[Run, Target], Mapping[str, Any]] = _no_keys
     """What its entry in hosts.toml needs besides; None takes a key away."""
-    at_converge: str = ""
-    """Shell text run on the target, as root, at the moment a story's converge begins. It must not wait."""
     kinds: tuple[str, ...] = ("container", "vm")
     distros: tuple[str, ...] = ("trixie", "bookworm")
     conflicts: frozenset[str] = frozenset()

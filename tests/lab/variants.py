@@ -179,7 +179,6 @@ class Variants(Tale):
                 )
                 for name in self.names
             }
-            self.each(lambda guest: variants.begin(self.lab.run, guest.target))
             applied = self.hosts.apply()
         return Convergence(applied, seen)
 
