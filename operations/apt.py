@@ -13,7 +13,7 @@ from pyinfra.context import host
 from facts.apt import Keyring, Sources
 from facts.packages import Packages
 from facts.system import System
-from operations import aptwait
+from operations import aptwait, aptwhy
 from operations.common import Commands, operation, refuse, script, warn
 from operations.files import put_if_needed
 from operations.units import enable_if_needed
@@ -30,6 +30,9 @@ wait_s=$1; shift
 waiter=$(cat)
 exec </dev/null
 stamp=/run/quietport-apt-updated
+# Seconds without a byte, for connecting too. A server that says nothing is given up after four times that
+# (ran): apt itself asks twice on each of its tries.
+limits='-o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o Acquire::https::Timeout=15'
 # Without python3 a host has neither unattended-upgrades nor cloud-init, which are written in it.
 wait_for_apt() { ! command -v python3 >/dev/null || python3 -I -c "$waiter" "$wait_s"; }
 # Runs a command of apt or dpkg. Another one may come between the wait and it, and lists/lock, archives/lock
@@ -44,16 +47,15 @@ alone() {
   return 1
 }
 get() {
-  alone apt-get install -y -q --no-install-recommends -o Acquire::Retries=3 -o DPkg::Lock::Timeout="$wait_s" \
+  alone apt-get install -y -q --no-install-recommends $limits -o DPkg::Lock::Timeout="$wait_s" \
     -o Dpkg::Options::=--force-confdef -o Dpkg::Options::=--force-confold "$@"
 }
+# A repository that is just being changed is whole again soon; one that says nothing was asked often enough.
 update() {
-  for try in 1 2 3; do
-    if alone apt-get -q update -o Acquire::Retries=3 "$@"; then return 0; fi
-    sleep 2
-  done
-  echo "apt-get update failed three times; what it said is above." >&2
-  return 1
+  if alone apt-get -q update $limits "$@"; then return 0; fi
+  case "$said" in *'imed out'*|*'Connection failed'*) return 1 ;; esac
+  sleep 5
+  alone apt-get -q update $limits "$@"
 }
 unfinished() {
   dpkg-query -W -f '${db:Status-Status} ${binary:Package}\n' |
@@ -106,8 +108,8 @@ url=$1; wanted=$2; path=$3; mistrust=$4
 work=$(mktemp -d /run/quietport-key.XXXXXXXXXX)
 trap 'rm -rf -- "$work"' EXIT
 trap 'exit 1' HUP INT TERM PIPE
-curl --fail --silent --show-error --location --proto '=https,http' --max-time 120 --max-filesize 1048576 \\
-  --retry 3 --output "$work/fetched" -- "$url" || {
+curl --fail --silent --show-error --location --proto '=https,http' --max-filesize 1048576 --retry 2 \\
+  --connect-timeout 15 --speed-limit 1 --speed-time 15 --max-time 120 --output "$work/fetched" -- "$url" || {
     echo "cannot fetch the signing key from $url; what curl said is above." >&2
     exit 1
   }
@@ -197,7 +199,9 @@ def waiter() -> bytes:
 
 
 def _apt(text: str, *args: str) -> StringCommand:
-    return script(text, str(WAIT_S), *args, stdin=waiter(), timeout=INSTALL_TIMEOUT_S)
+    return script(
+        text, str(WAIT_S), *args, stdin=waiter(), timeout=INSTALL_TIMEOUT_S, why=aptwhy.why
+    )
 
 
 @operation()
@@ -280,9 +284,8 @@ def repository(repository: Repository) -> Commands:
             return
         changed = True
         mistrust = repository.mistrust("FOUND")
-        yield script(
-            _KEY, repository.key_url, repository.fingerprint, repository.keyring, mistrust, timeout=600
-        )
+        arguments = (repository.key_url, repository.fingerprint, repository.keyring, mistrust)
+        yield script(_KEY, *arguments, timeout=600, why=aptwhy.why)
     for rival in rivals(host.get_fact(Sources), repository):
         changed = True
         where = f"{rival['path']}, line {rival['first']}"

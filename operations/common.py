@@ -135,6 +135,8 @@ def no_room(said: str) -> str | None:
     """The sentence for a command that failed because nothing can be written; None when it did not say so."""
     for words, reason in (
         ("No space left on device", "its disk is full"),
+        # apt's words when it reckons before it begins.
+        ("enough free space in", "its disk is full"),
         ("Disk quota exceeded", "its disk quota is used up"),
         ("Read-only file system", "a file system of it is read-only"),
     ):
