@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.lab import checks_ssh
+from tests.lab import checks_machine, checks_ssh
 from tests.lab.variants import Check
 
-CHECKS: Mapping[str, Check] = {**checks_ssh.CHECKS}
+CHECKS: Mapping[str, Check] = {**checks_ssh.CHECKS, **checks_machine.CHECKS}
