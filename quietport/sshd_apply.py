@@ -180,10 +180,20 @@ class Host:
 
     def write(self, path: str, saved: Saved) -> None:
         """Put the file there in one step, or take it away."""
+        self.place(path, self.stage(path, saved))
+
+    def place(self, path: str, staged: Path | None) -> None:
+        """Rename what `stage` made to `path`; None takes the file away. Needs no room on the disk."""
+        if staged is None:
+            self.path(path).unlink(missing_ok=True)
+        else:
+            staged.replace(self.path(path))
+
+    def stage(self, path: str, saved: Saved) -> Path | None:
+        """A hidden file beside `path` that is as it will be; None stands for no such file."""
         file = self.path(path)
         if saved.data is None:
-            file.unlink(missing_ok=True)
-            return
+            return None
         file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         fd, temp = tempfile.mkstemp(prefix=".quietport.", dir=file.parent)
         try:
@@ -194,7 +204,7 @@ class Host:
                 os.fchmod(fd, saved.mode)
                 stream.flush()
                 os.fsync(fd)
-            Path(temp).replace(file)
+            return Path(temp)
         except BaseException:
             Path(temp).unlink(missing_ok=True)
             raise
@@ -282,6 +292,8 @@ class Apply:
         self.restarted = False
         # Whether sshd listened where it is wanted (and perhaps elsewhere too) with the new files.
         self.answered = False
+        # The files as they were, beside their places: on a full disk a rename still puts them back.
+        self.spare: dict[str, Path | None] = {}
 
     def __call__(self) -> bool:
         """True when the wanted state is there. False: the old one is, and `say` told why."""
@@ -304,6 +316,8 @@ class Apply:
             self.say(f"sshd: {doing} failed: {error}")
             self._undo()
             return False
+        finally:
+            _discard(self.spare)
         where = ", ".join(sorted(map(sshd.endpoint, self.plan.listeners)))
         self.say(f"sshd answers on {where}, to keys alone")
         return True
@@ -394,12 +408,27 @@ class Apply:
     def _swap(self) -> None:
         # A power cut between two of these must leave a host that answers on the tailnet after its boot: the
         # unit's drop-in, which refuses to start a public sshd, comes when no public line is left.
-        self.touched = True
         order = {sshd.DROP_IN: 1, sshd.UNIT_DROP_IN: 2}
-        for path in sorted(self.plan.files, key=lambda path: order.get(path, 0)):
-            text = self.plan.files[path][1]
-            data = None if text is None else text.encode()
-            self.host.write(path, replace(self.before.files[path], data=data))
+        staged: dict[str, Path | None] = {}
+        try:
+            # All that needs room on the disk, for the way there and the way back, before the first change.
+            for path in sorted(self.plan.files, key=lambda path: order.get(path, 0)):
+                text = self.plan.files[path][1]
+                data = None if text is None else text.encode()
+                staged[path] = self.host.stage(path, replace(self.before.files[path], data=data))
+                if path not in self.spare:
+                    self.spare[path] = self.host.stage(path, self.before.files[path])
+            self.touched = True
+            for path in list(staged):
+                self.host.place(path, staged.pop(path))
+        finally:
+            _discard(staged)
+
+    def _put_back(self, path: str) -> None:
+        if path in self.spare:
+            self.host.place(path, self.spare.pop(path))
+        else:
+            self.host.write(path, self.before.files[path])
 
     def _mask(self) -> None:
         masked: list[str] = []
@@ -451,8 +480,8 @@ class Apply:
             self.say("sshd: nothing was changed")
             return
         problems: list[str] = []
-        for path, saved in self.before.files.items():
-            self._try(problems, lambda path=path, saved=saved: self.host.write(path, saved))  # type: ignore[misc]
+        for path in self.before.files:
+            self._try(problems, lambda path=path: self._put_back(path))  # type: ignore[misc]
         for unit, state in self.before.units.items():
             if unit != sshd.UNIT:
                 self._try(problems, lambda unit=unit, state=state: self._unmask(unit, state))  # type: ignore[misc]
@@ -492,8 +521,10 @@ class Apply:
         return [new, without] if self.answered else [without, new]
 
     def _old_files_alone(self) -> None:
+        self.host.write(sshd.UNIT_DROP_IN, Saved(None))
         for path, saved in self.before.files.items():
-            self.host.write(path, Saved(None) if path == sshd.UNIT_DROP_IN else saved)
+            if path != sshd.UNIT_DROP_IN and self.host.read(path) != saved:
+                self.host.write(path, saved)
 
     def _start_anew(self, prepare: Callable[[], None], problems: list[str]) -> frozenset[sshd.Listener]:
         self._try(problems, prepare)
@@ -537,6 +568,13 @@ class Apply:
             self._try(problems, lambda: self.host.systemctl("disable", sshd.UNIT))
         elif service.enabled == "masked":
             self._try(problems, lambda: self.host.systemctl("mask", sshd.UNIT))
+
+
+def _discard(staged: dict[str, Path | None]) -> None:
+    """Remove staged files that found no use."""
+    for file in staged.values():
+        if file is not None:
+            file.unlink(missing_ok=True)
 
 
 def _answers(before: frozenset[sshd.Listener], seen: frozenset[sshd.Listener]) -> bool:

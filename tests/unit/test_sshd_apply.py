@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pwd
 import subprocess
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,6 +176,47 @@ def test_a_step_that_fails_puts_everything_back(active_socket: Machine, command:
     assert files_of(active_socket) == {sshd.MAIN: OLD_MAIN}
     assert active_socket.masked == set()
     assert "ssh.socket" in active_socket.active
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many more files fit on it; plenty at first."""
+    room = [100]
+    really = tempfile.mkstemp
+
+    def mkstemp(**options: Any) -> tuple[int, str]:
+        if room[0] <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        room[0] -= 1
+        return really(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    return room
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3])
+def test_a_full_disk_is_found_before_the_first_change(machine: Machine, disk: list[int], room: int) -> None:
+    disk[0] = room
+    done, said = play(machine)
+    assert not done
+    assert "writing the files failed" in said
+    assert "No space left on device" in said
+    assert "nothing was changed" in said
+    assert files_of(machine) == {sshd.MAIN: OLD_MAIN}
+
+
+def test_the_old_state_comes_back_although_the_disk_is_full_by_then(
+    active_socket: Machine, disk: list[int]
+) -> None:
+    """Three files will be new, and one of them is there before: four files, and not one more."""
+    disk[0] = 4
+    active_socket.fails = {"systemctl mask"}
+    done, said = play(active_socket)
+    assert not done
+    assert disk[0] == 0, "the control: there was room for exactly these"
+    assert "the old state is back" in said
+    assert "while undoing" not in said
+    assert files_of(active_socket) == {sshd.MAIN: OLD_MAIN}
 
 
 def test_a_candidate_that_sshd_refuses_touches_nothing(machine: Machine) -> None:
