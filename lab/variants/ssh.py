@@ -31,9 +31,9 @@ def account(user: str) -> str:
     return f"useradd -m -s /bin/bash {user}; echo '{user}:{PASSWORD}' | chpasswd"
 
 
-# Unit and links are those of Ubuntu 24.04's openssh-server but for one word: Debian's sshd cannot take over a
-# socket that listens, so every connection gets an sshd of its own (Accept=yes, ssh@.service). Ubuntu's
-# generator is a C program; this one does the same: a drop-in with addresses when they are not the usual ones.
+# Unit and links are those of Ubuntu 24.04. The sshd of Debian 12 cannot take over a socket that listens: there
+# every connection gets an sshd of its own (ssh@.service). Ubuntu's generator is a C program; this one does the
+# same: a drop-in with addresses when they are not the usual ones.
 _SSH_SOCKET = rf"""
 cat >/usr/lib/systemd/system/ssh.socket <<'END'
 [Unit]
@@ -45,13 +45,14 @@ ConditionPathExists=!/etc/ssh/sshd_not_to_be_run
 ListenStream=0.0.0.0:22
 ListenStream=[::]:22
 BindIPv6Only=ipv6-only
-Accept=yes
+Accept=no
 FreeBind=yes
 
 [Install]
 WantedBy=sockets.target
 RequiredBy=ssh.service
 END
+grep -q LISTEN_FDS /usr/sbin/sshd || sed -i 's/^Accept=no/Accept=yes/' /usr/lib/systemd/system/ssh.socket
 mkdir -p /usr/lib/systemd/system-generators
 cat >/usr/lib/systemd/system-generators/sshd-socket-generator <<'END'
 #!/bin/sh
