@@ -5,6 +5,11 @@ whenever it starts or makes a network (EnsureJumpRule in moby's libnetwork), for
 older ones make no IPv6 chain at all. What slips through in between stays established. So the same rules also
 stand in a chain of our own in the table mangle, which packets pass first and which neither Docker nor ufw
 nor tailscaled touches; that one is the guarantee.
+
+A packet that Docker does not rewrite goes to docker-proxy on the host instead: with IPv6 that is so wherever
+the container has no IPv6 address. There ufw is asked, and a rule that someone made for the port lets
+everybody in (ran). So published ports are closed in INPUT too, read from what Docker keeps of its containers,
+which is there before it starts them.
 """
 
 from __future__ import annotations
@@ -12,13 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quietport.commands import output_of, run
 from quietport.errors import FINE, PROBLEM, HostProgramError, printable
-from quietport.hostfile import HostFileMissingError, read_bytes
-from quietport.net import TAILNET_INTERFACE
+from quietport.hostfile import HostFileError, HostFileMissingError, read_bytes
+from quietport.net import TAILNET_INTERFACE, parse_address
 
 DAEMON_JSON = Path("/etc/docker/daemon.json")
 MARK = "-m comment --comment quietport"
@@ -29,12 +37,17 @@ LOCK_WAIT_S = "10"
 
 @dataclass(frozen=True)
 class Place:
-    """A chain of ours and the jump to it from FORWARD; `harmless` are jumps that may stand before it."""
+    """A chain of ours and the jump to it from a built-in one; `harmless` jumps may stand before it."""
 
     table: str
     chain: str
     jump: str
     harmless: tuple[str, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """The built-in chain."""
+        return self.jump.split()[1]
 
 
 PLACES = (
@@ -48,38 +61,84 @@ PLACES = (
         "-A FORWARD -j DOCKER-USER",
         harmless=("-A FORWARD -j ts-forward", "-A FORWARD -j DOCKER-ISOLATION-STAGE-1"),
     ),
+    Place("mangle", "QUIETPORT-INPUT", f"-A INPUT {MARK} -j QUIETPORT-INPUT"),
 )
 
 
-def rules(chain: str) -> list[str]:
-    """The rules of `chain`, as `iptables -S` prints them.
+@dataclass(frozen=True, order=True)
+class Port:
+    """A port that a container publishes, or a range of them (`8000:8010`, as iptables writes it)."""
+
+    protocol: str
+    number: str
+
+
+def rules(place: Place, ports: Sequence[Port] = ()) -> list[str]:
+    """The rules of a place, as `iptables -S` prints them.
 
     Replies first (also those to connections that containers opened), then what the tailnet and Docker's own
-    bridges begin, by interface and never by source, which can be forged. Everything else is dropped.
+    bridges begin, by interface and never by source, which can be forged. Of what is forwarded everything else
+    is dropped, of what is for the host itself only the published `ports`.
     """
+    chain = place.chain
+    dropped = [f"-p {port.protocol} -m {port.protocol} --dport {port.number} " for port in ports]
+    inside: tuple[str, ...] = (TAILNET_INTERFACE, "docker0", "br-+")
+    if place.origin == "INPUT":
+        inside = ("lo", *inside)
+    else:
+        dropped = [""]
     return [
         f"-A {chain} -m conntrack --ctstate RELATED,ESTABLISHED {MARK} -j RETURN",
-        f"-A {chain} -i {TAILNET_INTERFACE} {MARK} -j RETURN",
-        f"-A {chain} -i docker0 {MARK} -j RETURN",
-        f"-A {chain} -i br-+ {MARK} -j RETURN",
-        f"-A {chain} {MARK} -j DROP",
+        *(f"-A {chain} -i {name} {MARK} -j RETURN" for name in inside),
+        *(f"-A {chain} {what}{MARK} -j DROP" for what in dropped),
     ]
 
 
-def problems(place: Place, listing: str) -> list[str]:
+def published(host_configs: Iterable[Mapping[str, Any]]) -> tuple[Port, ...]:
+    """The ports that containers publish beyond loopback, from their HostConfig as Docker keeps it.
+
+    A port of Docker's choice (`-p 80`) is not among them: no rule of a firewall is made for it beforehand.
+    """
+    found: set[Port] = set()
+    for config in host_configs:
+        for inner, bindings in (config.get("PortBindings") or {}).items():
+            protocol = inner.partition("/")[2] or "tcp"
+            for binding in bindings or []:
+                number = str(binding.get("HostPort") or "").replace("-", ":")
+                public = not _is_loopback(str(binding.get("HostIp") or ""))
+                if public and protocol in ("tcp", "udp") and re.fullmatch(r"\d{1,5}(:\d{1,5})?", number):
+                    found.add(Port(protocol, number))
+    return tuple(sorted(found))
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return parse_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def data_root_of(daemon_json: str, command_line: str = "") -> Path:
+    """Where dockerd keeps its containers; arguments as for `backend_of`, which has judged them before."""
+    flag = re.search(r"--data-root[= ](\S+)", command_line)
+    named = (json.loads(daemon_json) if daemon_json.strip() else {}).get("data-root")
+    return Path(flag[1] if flag else named or "/var/lib/docker")
+
+
+def problems(place: Place, listing: str, ports: Sequence[Port] = ()) -> list[str]:
     """What is not as wanted in `listing`, the text of `iptables -t TABLE -S`; empty when all is."""
     found: list[str] = []
     held = rules_in(listing, place.chain)
-    wanted = rules(place.chain)
+    wanted = rules(place, ports)
     if held[: len(wanted)] != wanted:
         found.append(f"{place.table}: the chain {place.chain} does not begin with the rules of quietport")
     if any(is_ours(rule) for rule in held[len(wanted) :]):
         found.append(f"{place.table}: the chain {place.chain} has rules of quietport more than once")
-    forward = rules_in(listing, "FORWARD")
-    if place.jump not in forward:
-        found.append(f"{place.table}: FORWARD does not jump to {place.chain}")
-    elif any(rule not in place.harmless for rule in forward[: forward.index(place.jump)]):
-        found.append(f"{place.table}: FORWARD has other rules before the jump to {place.chain}")
+    origin = rules_in(listing, place.origin)
+    if place.jump not in origin:
+        found.append(f"{place.table}: {place.origin} does not jump to {place.chain}")
+    elif any(rule not in place.harmless for rule in origin[: origin.index(place.jump)]):
+        found.append(f"{place.table}: {place.origin} has other rules before the jump to {place.chain}")
     return found
 
 
@@ -90,18 +149,19 @@ def foreign_rules(place: Place, listing: str) -> list[str]:
     return [rule for rule in held if rule != f"-A {place.chain} -j RETURN"]
 
 
-def restore_text(place: Place, listing: str) -> str:
+def restore_text(place: Place, listing: str, ports: Sequence[Port] = ()) -> str:
     """What `iptables-restore --noflush` makes one commit of: the chain, its rules, the jump at the top."""
     others = [rule for rule in rules_in(listing, place.chain) if not is_ours(rule)]
-    jumps = [rule for rule in rules_in(listing, "FORWARD") if rule == place.jump]
+    jumps = [rule for rule in rules_in(listing, place.origin) if rule == place.jump]
+    append = f"-A {place.origin}"
     lines = [
         f"*{place.table}",
         # Makes the chain, or empties it.
         f":{place.chain} - [0:0]",
-        *rules(place.chain),
+        *rules(place, ports),
         *others,
-        *(rule.replace("-A FORWARD", "-D FORWARD", 1) for rule in jumps),
-        place.jump.replace("-A FORWARD", "-I FORWARD 1", 1),
+        *(rule.replace(append, f"-D {place.origin}", 1) for rule in jumps),
+        place.jump.replace(append, f"-I {place.origin} 1", 1),
         "COMMIT",
     ]
     return "\n".join(lines) + "\n"
@@ -158,20 +218,36 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="quietport docker-user", description="Keep the public side away.")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 when not as wanted")
     options = parser.parse_args(argv)
-    sentence = refusal(backend_of(_daemon_json(), _command_line()))
+    daemon_json, command_line = _daemon_json(), _command_line()
+    sentence = refusal(backend_of(daemon_json, command_line))
     if sentence:
         raise HostProgramError(sentence, code=PROBLEM)
+    ports = published(_host_configs(data_root_of(daemon_json, command_line)))
     places = [(program, place) for program in _programs() for place in PLACES]
-    found = [problem for program, place in places for problem in _settle(program, place, options.check)]
+    found = [line for program, place in places for line in _settle(program, place, options.check, ports)]
     for problem in found:
         print(f"quietport docker-user: {problem}")
     return PROBLEM if found else FINE
 
 
-def _settle(program: str, place: Place, check: bool) -> list[str]:
+def _host_configs(data_root: Path) -> Iterator[Mapping[str, Any]]:
+    """What Docker has written down of each container; nothing where there is none."""
+    try:
+        folders = sorted((data_root / "containers").iterdir())
+    except OSError:
+        return
+    for folder in folders:
+        # One that is just being removed, or half made, publishes nothing.
+        with suppress(HostFileError, ValueError):
+            config = json.loads(read_bytes(folder / "hostconfig.json"))
+            if isinstance(config, dict):
+                yield config
+
+
+def _settle(program: str, place: Place, check: bool, ports: Sequence[Port] = ()) -> list[str]:
     """Bring one table of one family to what is wanted; returns what is (still) wrong."""
     listing = _listing(program, place)
-    found = problems(place, listing)
+    found = problems(place, listing, ports)
     if check:
         return [f"{program} {problem}" for problem in found]
     complaint = ""
@@ -179,10 +255,10 @@ def _settle(program: str, place: Place, check: bool) -> list[str]:
         if not found:
             break
         restore = [f"{program}-restore", "--noflush", "-w", LOCK_WAIT_S]
-        done = run(restore, stdin=restore_text(place, listing))
+        done = run(restore, stdin=restore_text(place, listing, ports))
         complaint = f" ({done.complaint})" if done.code != 0 else ""
         listing = _listing(program, place)
-        found = problems(place, listing)
+        found = problems(place, listing, ports)
     for rule in foreign_rules(place, listing):
         print(f"{program} {place.table}: a rule of someone else has no effect behind ours: {printable(rule)}")
     return [f"{program} {problem}{complaint}" for problem in found]

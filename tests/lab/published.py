@@ -68,7 +68,8 @@ def shield_lowered(hosts: Hosts, name: str, ports: str = f"{PORT}:{PORT + 1}") -
     """The same host without our chain, and with these ports open: shows that the probe can see them."""
     both = "for t in iptables ip6tables; do {}; done"
     rule = f"INPUT -p tcp --dport {ports} -j ACCEPT"
-    lower = both.format(f"$t -F DOCKER-USER && $t -t mangle -F QUIETPORT-FORWARD && $t -I {rule}")
+    ours = "$t -F DOCKER-USER && $t -t mangle -F QUIETPORT-FORWARD && $t -t mangle -F QUIETPORT-INPUT"
+    lower = both.format(f"{ours} && $t -I {rule}")
     hosts.ssh(name, f"set -e; {lower}").ok()
     try:
         yield

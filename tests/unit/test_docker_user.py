@@ -9,24 +9,35 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quietport import docker_user
 from quietport.cli import main
 from quietport.commands import Done
-from quietport.docker_user import PLACES, backend_of, foreign_rules, problems, restore_text, rules
+from quietport.docker_user import (
+    PLACES,
+    Port,
+    backend_of,
+    data_root_of,
+    foreign_rules,
+    problems,
+    published,
+    restore_text,
+    rules,
+)
 from quietport.errors import HostProgramError
 
 ROOT = Path(__file__).parents[2]
-MANGLE, FILTER = PLACES
+MANGLE, FILTER, INPUT = PLACES
 
 
 def listing(chain_rules: list[str], forward: list[str]) -> str:
     return "\n".join(["-P FORWARD ACCEPT", "-N DOCKER-USER", *forward, *chain_rules]) + "\n"
 
 
-GOOD = rules("DOCKER-USER")
+GOOD = rules(FILTER)
 JUMP = "-A FORWARD -j DOCKER-USER"
 
 
@@ -56,6 +67,52 @@ def test_replies_come_first_and_the_rest_is_dropped() -> None:
     assert GOOD[0].endswith("-j RETURN")
     assert GOOD[-1] == "-A DOCKER-USER -m comment --comment quietport -j DROP"
     assert not any(" -s " in rule for rule in GOOD)
+
+
+def test_published_ports_are_those_that_are_not_on_loopback() -> None:
+    configs: list[dict[str, Any]] = [
+        {},
+        {"PortBindings": None},
+        {"PortBindings": {"80/tcp": [{"HostIp": "", "HostPort": "8080"}], "53/udp": [{"HostPort": "53"}]}},
+        {"PortBindings": {"5432/tcp": [{"HostIp": "::", "HostPort": "5432"}], "9/sctp": [{"HostPort": "9"}]}},
+        {"PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "81"}, {"HostPort": "8080"}]}},
+        {"PortBindings": {"80/tcp": [{"HostIp": "::1", "HostPort": "82"}], "81/tcp": [{"HostPort": ""}]}},
+        {"PortBindings": {"80/tcp": [{"HostPort": "8000-8010"}], "90/tcp": None}},
+    ]
+    found = [(port.protocol, port.number) for port in published(configs)]
+    assert found == [("tcp", "5432"), ("tcp", "8000:8010"), ("tcp", "8080"), ("udp", "53")]
+
+
+def test_published_ports_are_dropped_for_the_host_and_not_named_elsewhere() -> None:
+    ports = [Port("tcp", "5432")]
+    assert rules(FILTER, ports) == GOOD
+    *returns, drop = rules(INPUT, ports)
+    assert drop == ("-A QUIETPORT-INPUT -p tcp -m tcp --dport 5432 -m comment --comment quietport -j DROP")
+    assert rules(INPUT) == returns
+    assert any("-i lo " in rule for rule in returns)
+    assert not [rule for rule in returns if "DROP" in rule]
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "root"),
+    [
+        ("", "", "/var/lib/docker"),
+        ('{"data-root": "/srv/docker"}', "", "/srv/docker"),
+        ('{"data-root": "/srv/docker"}', "dockerd --data-root=/mnt/d -H fd://", "/mnt/d"),
+        ("{}", "dockerd --data-root /mnt/d", "/mnt/d"),
+    ],
+)
+def test_data_root(config: str, flags: str, root: str) -> None:
+    assert str(data_root_of(config, flags)) == root
+
+
+def test_what_cannot_be_read_of_a_container_is_left_out(tmp_path: Path) -> None:
+    for name, text in (("a", '{"PortBindings": {}}'), ("b", "{"), ("c", "[]")):
+        (tmp_path / "containers" / name).mkdir(parents=True)
+        (tmp_path / "containers" / name / "hostconfig.json").write_text(text)
+    (tmp_path / "containers/d").mkdir()
+    assert list(docker_user._host_configs(tmp_path)) == [{"PortBindings": {}}]
+    assert list(docker_user._host_configs(tmp_path / "none")) == []
 
 
 def test_rules_of_others_stay_behind_ours_and_are_named() -> None:
@@ -135,6 +192,8 @@ _WORLD = """
 set -e
 mount -t tmpfs none /run
 mount -t tmpfs none /etc/docker 2>/dev/null || true
+mount -t tmpfs none /var/lib
+mkdir -p /var/lib/docker/containers/1
 ip link set lo up
 ip link add docker0 type bridge
 ip addr add 172.30.0.1/24 dev docker0
@@ -253,6 +312,35 @@ def test_the_public_side_is_kept_away_and_the_tailnet_is_not(world: World) -> No
 def _without_comments(text: str) -> list[str]:
     """Rules alone; iptables-save dates its comments, and counters move by themselves."""
     return [line.partition("] ")[2] for line in text.splitlines() if line.startswith("[")]
+
+
+HOST = ("172.31.0.1", "fd31::1", "172.32.0.1", "fd32::1")
+# What docker-proxy is: a program of the host that listens on every address.
+_PROXY = f"""
+python3 -c '{_SERVE.replace("sys.stdin.read()", "import time; time.sleep(100)")}' >/run/ready 2>&1 &
+echo $! >/run/pid
+until grep -q ready /run/ready; do sleep 0.1; done
+"""
+
+
+@needs_namespaces
+def test_what_a_container_publishes_through_a_program_of_the_host_is_kept_away(world: World) -> None:
+    """And nothing else of the host: which of its own ports are open is the firewall's business."""
+    assert world.run("sh", "-ec", _PROXY).returncode == 0
+    assert world.docker_user().returncode == 0
+    assert [world.reaches("public", address) for address in HOST[:2]] == [True, True], "no container's port"
+    publish = '{"PortBindings": {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}}'
+    world.run("sh", "-c", f"echo '{publish}' >/var/lib/docker/containers/1/hostconfig.json")
+    assert world.docker_user("--check").returncode == 1
+    assert world.docker_user().returncode == 0
+    assert world.docker_user("--check").returncode == 0
+    assert [world.reaches("public", address) for address in HOST[:2]] == [False, False]
+    assert [world.reaches("tailnet", address) for address in HOST[2:]] == [True, True]
+    assert [world.reaches("container", address) for address in ("172.30.0.1", "fd30::1")] == [True, True]
+    world.run("rm", "/var/lib/docker/containers/1/hostconfig.json")
+    assert world.docker_user().returncode == 0
+    assert world.reaches("public", HOST[1])
+    assert world.run("sh", "-c", "kill $(cat /run/pid)").returncode == 0
 
 
 @needs_namespaces
