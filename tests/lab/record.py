@@ -34,6 +34,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\b\d{4}-\d\d-\d\d\b", "DATE"),
         (r"(?<![\w:.])\d\d:\d\d:\d\d(?:\.\d+)?(?![\w:])", "TIME"),
         (r"\bSHA256:[A-Za-z0-9+/=]{20,}", "SHA256:ID"),
+        (r"\b[0-9A-F]{40}\b", "ID"),
         (r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "ID"),
         (r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{8,}\b", "ID"),
         (r"\b\d+(?:\.\d+)? ?(ms|s|sec|seconds?|min|minutes?)\b", r"N \1"),
@@ -42,7 +43,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 _ADDRESS = re.compile(
-    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-fA-F]{0,4}(?::[0-9a-fA-F.]{0,15}){2,8})(?![\w:])"
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?!\w)|[0-9a-fA-F]{0,4}(?::[0-9a-fA-F.]{0,15}){2,8}(?![\w:]))"
 )
 # Addresses that mean the same on every run: they are the point of a sentence.
 _LASTING = tuple(
