@@ -190,12 +190,15 @@ class Host:
             staged.replace(self.path(path))
 
     def stage(self, path: str, saved: Saved) -> Path | None:
-        """A hidden file beside `path` that is as it will be; None stands for no such file."""
+        """A hidden file near `path` that is as it will be; None stands for no such file."""
         file = self.path(path)
         if saved.data is None:
             return None
         file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fd, temp = tempfile.mkstemp(prefix=".quietport.", dir=file.parent)
+        # Never in sshd's folder: its time tells an sshd that began before its files were as they are, and
+        # what is discarded after the restart would change it once more.
+        near = file.parent.parent if path.startswith(f"{sshd.FOLDER}/") else file.parent
+        fd, temp = tempfile.mkstemp(prefix=".quietport.", dir=near)
         try:
             with os.fdopen(fd, "wb") as stream:
                 stream.write(saved.data)

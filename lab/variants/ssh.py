@@ -31,9 +31,9 @@ def account(user: str) -> str:
     return f"useradd -m -s /bin/bash {user}; echo '{user}:{PASSWORD}' | chpasswd"
 
 
-# Unit and links are those of Ubuntu 24.04. The sshd of Debian 12 cannot take over a socket that listens: there
-# every connection gets an sshd of its own (ssh@.service). Ubuntu's generator is a C program; this one does the
-# same: a drop-in with addresses when they are not the usual ones.
+# Unit and links are those of Ubuntu 24.04. Debian 12's sshd cannot take over a socket that listens: there
+# every connection gets an sshd of its own (ssh@.service). Ubuntu's generator is a C program; this one does
+# the same: a drop-in with addresses when they are not the usual ones.
 _SSH_SOCKET = rf"""
 cat >/usr/lib/systemd/system/ssh.socket <<'END'
 [Unit]

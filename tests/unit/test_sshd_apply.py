@@ -9,6 +9,7 @@ import pwd
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,23 @@ def test_all_sockets_are_masked_by_one_command(machine: Machine) -> None:
     assert [line.split()[2:] for line in machine.ran if " mask " in line] == [
         ["ssh.socket", "sshd-vsock.socket"]
     ]
+
+
+def test_nothing_touches_sshds_folder_after_the_restart(machine: Machine) -> None:
+    """Its time is newer than sshd's start otherwise, and the run ends with an sshd that looks outdated."""
+    foreign = f"{sshd.FOLDER}/60-admin.conf"
+    folder = machine.root / sshd.FOLDER.lstrip("/")
+    (machine.root / foreign.lstrip("/")).write_text("ListenAddress 0.0.0.0\n")
+    times: list[int] = []
+    machine._restart = lambda: (  # type: ignore[method-assign]
+        Machine._restart(machine), times.append(folder.stat().st_mtime_ns), time.sleep(0.02)
+    )  # fmt: skip
+    change = {"old_sha256": sha("ListenAddress 0.0.0.0\n"), "text": "# no more\n"}
+    done, said = play(machine, files=document()["files"] | {foreign: change})
+    assert done, said
+    assert times == [folder.stat().st_mtime_ns]
+    assert sorted(path.name for path in folder.iterdir()) == ["00-quietport.conf", "60-admin.conf"]
+    assert not list(folder.parent.glob(".quietport.*"))
 
 
 def test_the_candidate_is_checked_before_anything_is_active(machine: Machine) -> None:
