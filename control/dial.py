@@ -208,7 +208,9 @@ def _refused(route: Route, keys: login.Keys, accepts: list[str], *, password: bo
     words += f" (tried: {', '.join(tried)})" if tried else " (no key found to try)"
     if accepts:
         words += f"; it accepts {', '.join(accepts)}"
-    hint = "Set identity_file in hosts.toml, or load the key into the SSH agent."
+    hint = "Correct user or identity_file in hosts.toml, or load the key into the SSH agent."
+    if password:
+        hint = "Correct user or what login_password points at."
     if keys.locked:
         hint = f"{', '.join(keys.locked)} is encrypted and was not tried: run `ssh-add`."
     return ReachError(words + ".", hint=hint)

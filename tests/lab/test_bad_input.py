@@ -33,7 +33,7 @@ NO_CONNECTION = "untouched: nothing was connected to"
 HALF = "still public: ssh and firewall as they were; tailscale is installed, and logged out"
 REFUSED_WITHIN_S = 60
 PASSWORD = "correct-horse-e2e"
-SET_IDENTITY = "Set identity_file in hosts.toml, or load the key into the SSH agent."
+CORRECT_LOGIN = r"Correct user or identity_file in hosts\.toml, or load the key into the SSH agent\."
 
 
 def vary(blank: Blank, word: str, **keys: Any) -> Hosts:
@@ -197,7 +197,7 @@ def test_a_login_with_a_key_the_host_does_not_know(blank: Blank, tmp_path: Path)
         vary(blank, "login", identity_file=str(key)),
         blank,
         "a login key that the host does not know",
-        rf"refused the login of root \(tried: {key}\); it accepts publickey.*\. {SET_IDENTITY}",
+        rf"refused the login of root \(tried: {key}\); it accepts publickey.*\. {CORRECT_LOGIN}",
     )
 
 

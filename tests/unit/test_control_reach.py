@@ -298,7 +298,7 @@ def test_a_password_only_where_it_is_allowed(
         open_session("vps1", keys_only=True)
     monkeypatch.setenv("QPT_PASSWORD", "wrong")
     forget_caches()
-    with pytest.raises(ReachError, match=r"tried: .*login_password") as caught:
+    with pytest.raises(ReachError, match=r"tried: .*login_password.*what login_password points at") as caught:
         open_session("vps1")
     assert "wrong" not in str(caught.value)
 
