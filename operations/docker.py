@@ -133,7 +133,8 @@ def source_refusal(docker: dict[str, Any], source: str) -> str | None:
         return None
     return (
         f'Docker is installed from "{docker["source"]}" and has {docker["containers"]} containers; changing '
-        f'docker_source to "{source}" would replace the engine under them. Remove the containers first.'
+        f'docker_source to "{source}" would replace the engine under them. Set docker_source = '
+        f'"{docker["source"]}", or remove the containers first.'
     )
 
 
