@@ -1,4 +1,4 @@
-"""`quietport` on the operator's side. Exit codes: 0 fine, 1 error, 2 usage."""
+"""`quietport` on the operator's side. Exit codes: 0 fine, 1 error, 2 usage, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyinfra.api.exceptions import PyinfraError
 
-from control import example, reach, state
+from control import apply, example, reach, state
 from control.errors import SettingsError
 from control.settings import fleet, nearest
 
@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"quietport {_version()}")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+    converge = verbs.add_parser(
+        "apply", help="converge the hosts; ends with 0 only when every one of them did"
+    )
+    converge.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
+    converge.set_defaults(run=_apply)
     forget = verbs.add_parser(
         "forget", help="forget a host's pinned key and tailnet address, as after a reinstall"
     )
@@ -54,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     shown = verbs.add_parser("example", help="print a hosts.toml with every key explained")
     shown.set_defaults(run=_example)
     return parser
+
+
+def _apply(options: argparse.Namespace) -> int:
+    apply.run(options.names)
 
 
 def _forget(options: argparse.Namespace) -> int:

@@ -26,6 +26,8 @@ from control.secret import check_source
 
 ENV_HOSTS = "QUIETPORT_HOSTS"
 DEFAULT_FILE = "hosts.toml"
+# Names of groups that hold every host: the variable in `inventory`, and the name of that file.
+GROUPS = ("hosts", "inventory")
 READABLE = f"Make it a file you may read, or set {ENV_HOSTS} to another."
 UPSTREAM_LOGIN_SERVER = "https://controlplane.tailscale.com"
 # The primary keys upstream publishes: https://tailscale.com/kb/1031 and
@@ -457,6 +459,11 @@ def _anchored(values: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def _host(name: str, table: dict[str, Any], defaults: dict[str, Any], file: Path) -> HostSettings:
+    if name in GROUPS:
+        raise SettingsError(
+            f"{file}: [hosts.{name}]: pyinfra's --limit {name} means every host.",
+            hint="Give this one another name.",
+        )
     if not _HOST_NAME.fullmatch(name):
         raise SettingsError(
             f"{file}: [hosts.{name}]: a host's name is lower-case letters, digits and dashes, 63 at most.",

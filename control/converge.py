@@ -1,0 +1,160 @@
+"""pyinfra's own command line, run so that what became of every host is known.
+
+    python -P -m control.converge INVENTORY DEPLOY [NAME...]
+
+pyinfra ends with 0 after Ctrl-C and other runs that did not happen (docs/pyinfra-exit-codes.md). Here 0 means
+that every chosen host converged, 1 that one did not (one line each says why), 130 that it was interrupted.
+"""
+
+from __future__ import annotations
+
+# First: this patches the standard library.
+from pyinfra_cli.cli import cli  # type: ignore[import-untyped]  # isort: skip
+
+import io
+import logging
+import re
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import pyinfra
+from pyinfra import logger
+from pyinfra.api.host import Host
+from pyinfra.api.output import set_echo, set_formatter
+from pyinfra.api.state import State, StateStage
+from pyinfra.context import ctx_state
+from typing_extensions import override
+
+# 128 and SIGINT, as a shell has it.
+INTERRUPTED = 130
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_OF_HOST = re.compile(r"\[(?P<name>[^\]\s]+)\]\s+(?:nested\s+)?(?P<text>.*)", re.DOTALL)
+_REASON = re.compile(r"(?:refused|failed): ")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one host: how many operations changed it, and why it did not converge."""
+
+    name: str
+    changed: int = 0
+    reason: str | None = None
+
+
+class Errors(logging.Handler):
+    """What pyinfra's log says went wrong, by host."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.of: dict[str, list[str]] = {}
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _OF_HOST.match(_COLOURS.sub("", record.getMessage()))
+        if found:
+            self.of.setdefault(found["name"], []).append(" ".join(found["text"].split()))
+
+    def reason(self, name: str) -> str:
+        """The sentence that says most about why this host failed, or nothing."""
+        texts = [text.removeprefix(f"{name}: ") for text in self.of.get(name, []) if text]
+        told = [text for text in texts if _REASON.match(text)]
+        # pyinfra's own line after a failure names the count of its commands, and no reason.
+        other = [text for text in texts if not text.startswith("Error: executed ")]
+        return (told or other or texts or [""])[-1]
+
+
+def outcomes(state: State, errors: Errors) -> list[Outcome]:
+    """What became of every chosen host, in the inventory's order."""
+    chosen = [host for host in state.inventory if state.is_host_in_limit(host)]
+    return [_outcome(state, host, errors) for host in chosen]
+
+
+def _outcome(state: State, host: Host, errors: Errors) -> Outcome:
+    metas = [(op_hash, state.ops[host][op_hash].operation_meta) for op_hash in host.op_hash_order]
+    changed = sum(meta.is_complete() and meta.did_change() for _, meta in metas)
+    undone = [op_hash for op_hash, meta in metas if not meta.did_succeed(_raise_if_not_complete=False)]
+    if host not in state.activated_hosts:
+        return Outcome(host.name, reason=errors.reason(host.name) or "it was not reached")
+    if host in state.failed_hosts:
+        reason = errors.reason(host.name) or "it failed"
+        step = "".join(sorted(state.op_meta[undone[0]].names)) if undone and state.is_executing else ""
+        return Outcome(host.name, changed, f"{reason} (step: {step})" if step else reason)
+    if undone or not metas or state.current_stage < StateStage.Disconnect:
+        return Outcome(host.name, changed, "the run ended before it was through")
+    return Outcome(host.name, changed)
+
+
+def report(found: Iterable[Outcome]) -> list[str]:
+    """The closing lines: one for each host."""
+    return [
+        f"quietport: {one.name} did not converge: {one.reason}"
+        if one.reason is not None
+        else f"quietport: {one.name} converged, {one.changed or 'no'} change{'' if one.changed == 1 else 's'}"
+        for one in found
+    ]
+
+
+def main(inventory: str, deploy: str, *names: str) -> int:
+    """Converge and tell. Returns the exit code."""
+    errors = Errors()
+    logger.addHandler(errors)
+    limits = [word for name in names for word in ("--limit", name)]
+    # Not the config.py of the directory it is called in.
+    config = str(Path(deploy).parents[1] / "config.py")
+    code = _pyinfra([inventory, deploy, "-y", "--config", config, *limits])
+    state = _state()
+    if state is None:
+        return code or 1
+    found = outcomes(state, errors)
+    for line in report(found):
+        click.echo(line, err=True)
+    return code or int(not found or any(one.reason is not None for one in found))
+
+
+def _state() -> State | None:
+    state: State | None = ctx_state.get() if ctx_state.isset() else None  # type: ignore[no-untyped-call]
+    return state if state is not None and state.initialised else None
+
+
+def _pyinfra(argv: Sequence[str]) -> int:
+    """pyinfra_cli.main.main, but for what Ctrl-C does, and the working directory on the path."""
+    pyinfra.is_cli = True
+    set_formatter(click.style)
+    set_echo(click.echo)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        cli(argv, prog_name="pyinfra")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            click.echo(end.code, err=True)
+            return 1
+        return end.code or 0
+    return 0
+
+
+def _interrupted(*_: object) -> NoReturn:
+    click.echo("quietport: interrupted. What a host was told last may go on there; run again.", err=True)
+    state = _state()
+    if state is not None:
+        # Disconnecting needs places in the pool that waiting for the hosts' answers takes.
+        state.pool.kill(block=False)
+    sys.exit(INTERRUPTED)
+
+
+def _arguments(argv: Sequence[str]) -> Sequence[str]:
+    if len(argv) < 2:
+        sys.exit(__doc__)
+    return argv
+
+
+if __name__ == "__main__":
+    sys.exit(main(*_arguments(sys.argv[1:])))
