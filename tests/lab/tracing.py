@@ -2,10 +2,11 @@
 
 strace stops every process at each exec and each write, so none is too short-lived to be seen; polling
 /proc would miss most. What it cannot see: writes through a memory map (systemd-journald's, which is read
-afterwards), and what lies more than STRING_BYTES into one write.
+afterwards), copies that a file system makes of whole files (FICLONE of XFS and btrfs), and what lies more
+than STRING_BYTES into one write.
 
-A canary is searched for by its random part, which has letters and digits alone: no quoting, escaping or
-encoding of the text around it changes that part. It is searched for in halves, and encoded.
+A canary is searched for by its random part, in which no character is ever quoted or escaped, whatever
+the text around it needs. It is searched for in halves, and encoded.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ SEARCH_TIMEOUT_S = 300
 EXECS = ("execve", "execveat")
 WRITES = ("write", "pwrite64", "writev", "pwritev", "pwritev2")
 # From one file into another, without a byte in the trace.
-COPIES = ("sendfile", "copy_file_range", "splice", "tee", "ioctl")
-_CLONE = "FICLONE"
+COPIES = ("sendfile", "copy_file_range", "splice", "tee")
 RENAMES = ("rename", "renameat", "renameat2", "link", "linkat")
 MAKES = ("mkdir", "mkdirat")
 MODES = ("chmod", "fchmod", "fchmodat", "fchmodat2")
@@ -49,11 +49,11 @@ class Canary:
 
     name: str
     core: str
-    """Its random part: 24 letters and digits or more."""
+    """Its random part: 24 letters, digits, - and _ or more."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9]{24,}", self.core):
-            raise ValueError(f"{self.name}: a canary's core is 24 letters and digits or more")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{24,}", self.core):
+            raise ValueError(f"{self.name}: a canary's core is 24 letters, digits, - and _ or more")
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -330,10 +330,10 @@ def _in_write(call: Call, seen: Sequence[Canary], places: Places, holding: dict[
 
 def _in_copy(call: Call, places: Places, holding: dict[str, set[str]]) -> list[Leak]:
     ends = descriptors(call.arguments)
-    if len(ends) < 2 or not call.succeeded or (call.name == "ioctl" and _CLONE not in call.arguments):
+    if len(ends) < 2 or not call.succeeded:
         return []
-    # sendfile(2) and ioctl_ficlone(2) name the destination first.
-    into, source = ends[:2] if call.name in ("sendfile", "ioctl") else ends[1::-1]
+    # sendfile(2) names the destination first.
+    into, source = ends[:2] if call.name == "sendfile" else ends[1::-1]
     names = holding.get(source, set())
     if not names or is_no_file(into):
         return []
@@ -460,8 +460,7 @@ def search_trace(
     """What the traces in these files give away; see `leaks`. They may be large: grep picks the lines."""
     picked: dict[tuple[int, int], str] = {}
     # Both halves of a call that was cut in two, whatever it is about.
-    names = "|".join(name for name in _ALWAYS if name != "ioctl")
-    pattern = rf"^[0-9]+ +[0-9.]+ (({names})\(|ioctl\(.*{_CLONE}|<\.\.\. [a-z0-9_]+ resumed>)"
+    pattern = rf"^[0-9]+ +[0-9.]+ (({'|'.join(_ALWAYS)})\(|<\.\.\. [a-z0-9_]+ resumed>)"
     for index, file in enumerate(files):
         for options, words in ((["-E"], [pattern]), (["-F"], _forms_of(canaries))):
             picked |= {(index, number): line for number, line in _grep(file, options, words)}
@@ -499,6 +498,15 @@ def _forms_of(canaries: Sequence[Canary]) -> list[str]:
 
 def _time_of(line: str) -> float:
     return float(line.split(None, 2)[1])
+
+
+def carried(files: Sequence[Path], canaries: Iterable[Canary]) -> set[str]:
+    """The names of the canaries that are anywhere in the traces, be it where they may be."""
+    return {
+        canary.name
+        for canary in canaries
+        if any(next(_grep(file, ["-F"], canary.forms), None) is not None for file in files)
+    }
 
 
 def execs(files: Sequence[Path]) -> int:

@@ -26,6 +26,7 @@ from tests.lab.tracing import (
     argv_and_environment,
     around,
     calls,
+    carried,
     descriptors,
     execs,
     inside,
@@ -247,6 +248,8 @@ def test_around_a_command_every_kind_of_leak_is_seen(tmp_path: Path) -> None:
     found = search_trace([trace], spy.canaries)
     assert spy.unseen(found) == []
     assert spy.leaks[FINE].name not in {leak.canary for leak in found}
+    assert carried([trace], spy.canaries) == {canary.name for canary in spy.canaries}
+    assert carried([trace], [KEY]) == set()
     assert execs([trace]) > 10
     assert not (tmp_path / "spy").exists()
 
