@@ -95,7 +95,8 @@ class Keyring(FactBase[list[str]]):
 _FETCH = (
     "if command -v curl >/dev/null; then "
     "curl --fail --silent --location --proto '=https,http' --max-time 15 --max-filesize 1048576 -- {url}; "
-    "else python3 -I -c 'import sys, urllib.request as r; "
+    # urlopen's timeout is that of each read.
+    "else timeout 15 python3 -I -c 'import sys, urllib.request as r; "
     "sys.stdout.buffer.write(r.urlopen(sys.argv[1], timeout=15).read(1048576))' {url}; fi"
 )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 
 from control.settings import HostSettings
 from deploys.preflight import repositories, trust_problem
+from facts import apt as apt_facts
 from facts.apt import OfferedKey, dearmored, primary_fingerprints
 from operations import apt
 
@@ -41,6 +44,14 @@ PAGES = {"/binary": KEY, "/armored": ARMORED, "/page": b"<html>Not here</html>",
 
 class _Pages(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/trickle":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(300):
+                    self.wfile.write(b"x")
+                    time.sleep(0.1)
+            return
         if self.path == "/moved":
             self.send_response(302)
             self.send_header("Location", "/armored")
@@ -68,7 +79,7 @@ def programs(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """An environment in which the shell finds one program that can fetch, and what every Debian has."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name in (request.param, "sh", "sed", "head", "base64"):
+    for name in (request.param, "sh", "sed", "head", "base64", "timeout"):
         path = sys.executable if name == "python3" else shutil.which(name)
         if path is None:
             pytest.skip(f"no {name} here")
@@ -111,6 +122,15 @@ def test_nobody_asks_a_server_once_there_is_a_keyring(
     keyring = tmp_path / "it's there.gpg"
     keyring.touch()
     assert offered(f"{site}/binary", keyring, programs) == []
+
+
+def test_a_server_that_never_ends_is_not_waited_for(
+    site: str, programs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apt_facts, "_FETCH", apt_facts._FETCH.replace("15", "1"))
+    began = time.monotonic()
+    assert offered(f"{site}/trickle", tmp_path / "none.gpg", programs) == []
+    assert time.monotonic() - began < 15
 
 
 def test_a_server_that_is_not_there_tells_nothing(programs: dict[str, str], tmp_path: Path) -> None:
