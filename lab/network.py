@@ -29,7 +29,9 @@ PREFIXES = {"service": "qpl", "container": "qpc", "vm": "qpv"}
 MACHINE_DIR = Path("/run/quietport-lab")
 # IPv4 alone: the lab's IPv6 stays on its bridges, and IPv6 forwarding would make this machine deaf to the
 # router advertisements that it may have its own addresses from.
-SYSCTLS = {"net.ipv4.ip_forward": "1"}
+# The kernel counts inotify instances by user, and every container's systemd is this machine's root: with the
+# usual 128 the sixth host's user managers fail with "too many open files".
+SYSCTLS = {"net.ipv4.ip_forward": "1", "fs.inotify.max_user_instances": "8192"}
 
 
 def claim(run_: Run, purpose: str) -> Subnet:
@@ -217,19 +219,20 @@ def marked(saved: str, comment: str) -> list[tuple[str, list[str]]]:
 
 
 def prepare_machine(run_: Run) -> None:
-    """Switch forwarding on, noting what it was before the first run."""
+    """Raise the settings that are lower than wanted, noting what they were before the first run."""
     if os.geteuid() != 0:
         raise LabError("The lab makes networks on this machine, which takes root.", hint="Run it as root.")
     with locked(MACHINE_DIR / "lock"):
         before = _machine()
         for key, wanted in SYSCTLS.items():
             now = _sysctl(key)
-            if now is not None and now != wanted:
+            if now is not None and int(now) < int(wanted):
                 before.setdefault("sysctl", {})[key] = now
         before.setdefault("users", {})[run_.tag] = str(run_.directory)
         write(MACHINE_DIR / "machine.json", json.dumps(before))
         for key, wanted in SYSCTLS.items():
-            if _sysctl(key) not in (None, wanted):
+            now = _sysctl(key)
+            if now is not None and int(now) < int(wanted):
                 _sysctl_path(key).write_text(wanted)
 
 

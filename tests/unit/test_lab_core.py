@@ -250,6 +250,22 @@ def test_a_wanted_target_is_named_by_its_variants() -> None:
         Wanted.of("container", "trixie", variants=["nonsense"])
 
 
+@pytest.mark.parametrize(("before", "during"), [("128", "8192"), ("8192", "8192"), ("100000", "100000")])
+def test_settings_of_the_machine_are_raised_never_lowered_and_put_back(
+    a_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, during: str
+) -> None:
+    monkeypatch.setattr(network, "MACHINE_DIR", tmp_path / "machine")
+    monkeypatch.setattr(network, "_sysctl_path", lambda key: tmp_path / key)
+    monkeypatch.setattr(network.os, "geteuid", lambda: 0)
+    key = "fs.inotify.max_user_instances"
+    (tmp_path / key).write_text(before)
+    network.prepare_machine(a_run)
+    network.prepare_machine(a_run)
+    assert (tmp_path / key).read_text() == during
+    network.restore_machine(a_run)
+    assert (tmp_path / key).read_text() == before
+
+
 def test_cgroup_modes(tmp_path: Path) -> None:
     assert container.cgroup_mode(tmp_path) == "legacy"
     (tmp_path / "unified").mkdir()
