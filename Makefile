@@ -1,16 +1,19 @@
 # Thin on purpose: every target is a command that can be typed. `make demo` is where to begin.
 PYTHON3 ?= python3
 TARGET ?= container
+N ?= 30
+SEED ?= 20
 PY := .venv/bin/python
 LAB := $(PY) -m lab
 
 # These targets use a lab run (QUIETPORT_LAB_RUN, else `default`), never your own hosts: see `lab-hosts`.
 
-.PHONY: help venv demo test test-all lint types programs unit fixtures docs-table lock lab-up lab-down lab-hosts
+.PHONY: help venv demo test test-all lint types programs unit fixtures kills docs-table lock lab-up lab-down lab-hosts
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
 	@echo "make test-all          the same, and the VM with Debian 12"
+	@echo "make kills N= SEED=    the converge killed N times, and what came of each host"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
 	@echo "make venv lint types unit fixtures docs-table lock"
 
@@ -43,6 +46,11 @@ test: lint types programs unit fixtures
 
 test-all: export QUIETPORT_TEST_ALL = 1
 test-all: test
+
+# Moments that the seed chooses; the table names the command that does a failed chain again.
+kills: venv
+	@$(PYTHON3) -m lab.bootstrap lab --target container
+	@$(PY) -m tests.lab.kills --kills $(N) --seed $(SEED) --json build/kills-$(SEED).json
 
 lab-up: venv
 	@$(PYTHON3) -m lab.bootstrap lab --target $(TARGET)

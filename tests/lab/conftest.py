@@ -159,6 +159,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def needs_containers() -> None:
+    """Skip, with the reason, where this machine can have no container targets; never in CI."""
+    if not in_ci() and (lacking := _missing("container")):
+        pytest.skip(lacking)
+
+
+@pytest.fixture(scope="session")
 def blank(stories: Stories, request: pytest.FixtureRequest) -> Iterator[tuple[Lab, str]]:
     """A lab of its own with one blank host, for what must go wrong on it, one test after the other."""
     if not in_ci() and (lacking := _missing("container")):

@@ -41,6 +41,7 @@ class Converge:
         self._argv = argv
         self._lines: list[str] = []
         self._names: list[str] = []
+        self._times: list[float] = []
         self._ended = False
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -80,6 +81,12 @@ class Converge:
         """Names of the operations that have begun, in order."""
         with self._news:
             return list(self._names)
+
+    @property
+    def begun(self) -> list[float]:
+        """When they did, as `time.monotonic` says."""
+        with self._news:
+            return list(self._times)
 
     @property
     def text(self) -> str:
@@ -147,6 +154,7 @@ class Converge:
                 self._lines.append(line)
                 if heading:
                     self._names.append(heading[1])
+                    self._times.append(time.monotonic())
                 self._news.notify_all()
         with self._news:
             self._ended = True

@@ -33,6 +33,7 @@ _SUBSTITUTIONS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d+)?)?(?: ?(?:Z|UTC|[+-]\d\d:?\d\d))?", "TIME"),
         (r"\b\d{4}-\d\d-\d\d\b", "DATE"),
         (r"(?<![\w:.])\d\d:\d\d:\d\d(?:\.\d+)?(?![\w:])", "TIME"),
+        (r"\b[\w.-]+@[\w.-]+(?= \(process)", "USER@MACHINE"),
         (r"\bSHA256:[A-Za-z0-9+/=]{20,}", "SHA256:ID"),
         (r"\b[0-9A-F]{40}\b", "ID"),
         (r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "ID"),

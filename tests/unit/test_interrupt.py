@@ -33,6 +33,8 @@ def test_headings_are_seen_as_they_come_and_a_kill_ends_it() -> None:
         assert running.wait_for_heading(2, timeout=10) == "second"
         assert running.wait_for_name("first", timeout=10)
         assert running.names == ["first, the one", "second"]
+        assert len(running.begun) == 2
+        assert running.began <= running.begun[0] <= running.begun[1]
         with pytest.raises(TimeoutError, match=r"operation 3 did not begin.*\n.*Connected"):
             running.wait_for_heading(3, timeout=0.2)
         running.kill()
