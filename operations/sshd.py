@@ -105,7 +105,8 @@ def plan(seen: Seen, target: Wanted, *, users: Iterable[str]) -> bytes:
 def remarks(seen: Seen, target: Wanted) -> list[str]:
     """What of others' doing is undone here, a sentence each: nobody should have to find it out later."""
     found = []
-    lines = [f"{path}: {line}" for path, line in sshd.neutralised(seen.files, target.files)]
+    undone = sshd.neutralised(seen.files, target.files)
+    lines = list(dict.fromkeys(f"{path}: {line}" for path, line in undone))
     if lines:
         more = f" and {len(lines) - MAX_SHOWN} more" if len(lines) > MAX_SHOWN else ""
         shown = "; ".join(lines[:MAX_SHOWN])

@@ -228,7 +228,7 @@ def test_what_others_wrote_and_is_undone_is_said(caplog: pytest.LogCaptureFixtur
     facts = converged()
     foreign = f"{pure.FOLDER}/60-admin.conf"
     facts["sshd.SshdFiles"] |= {
-        pure.MAIN: "Port 2222\nMatch User bob\n  PasswordAuthentication yes\x1b[31m\n",
+        pure.MAIN: "Port 2222\nMatch User bob\n  PasswordAuthentication yes\x1b[31m\nPort 2222\n",
         foreign: "ListenAddress 0.0.0.0\n",
     }
     next(iter(facts["units.Units"].values()))["ssh.socket"]["active"] = "active"
