@@ -30,7 +30,7 @@ What differs from run to run is named in capitals: `HOST`, `ADDRESS`, `TIME`, `I
 (directories), `N` (a number).
 """
 _SECTIONS = {
-    "variant": ("Hosts as they are found", "the host is found with"),
+    "variant": ("Hosts as they are found", "the host as it is found"),
     "fault": ("Faults", "what happens"),
     "input": ("Wrong input", "what is wrong"),
 }
