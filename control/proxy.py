@@ -57,8 +57,9 @@ class Proxy:
         except (OSError, ValueError) as error:
             ours.close()
             self._errors.close()
+            why = getattr(error, "strerror", None) or error
             raise ReachError(
-                f"{name}: cannot run {argv[0]}, which should carry the connection: {error}.",
+                f"{name}: cannot run {argv[0]}, which should carry the connection: {why}.",
                 hint="Install it, or correct tailnet_proxy (or ProxyCommand in ~/.ssh/config).",
             ) from error
         finally:

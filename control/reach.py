@@ -284,8 +284,10 @@ def _all_failed(name: str, failures: list[ReachError]) -> ReachError:
     if len(failures) == 1:
         return failures[0]
     first, *others = failures
-    words = " ".join([first.what, *(error.what for error in others)])
-    return ReachError(words, hint=others[-1].hint)
+    words = " ".join([first.what, *(error.what.removeprefix(f"{name}: ") for error in others)])
+    # Each way has a next step of its own; two ways that failed alike have one.
+    hints = dict.fromkeys(error.hint for error in failures if error.hint)
+    return ReachError(words, hint=" ".join(hints))
 
 
 def _config_blocks(name: str) -> Iterator[str]:

@@ -593,3 +593,16 @@ def test_a_route_is_written_as_ssh_writes_it(operator: Operator) -> None:
     operator.host(address="2001:db8::1", port=2222)
     assert route("vps1").where == "[2001:db8::1]:2222"
     assert isinstance(route("vps1"), dial.Route)
+
+
+def test_two_ways_that_failed_name_the_host_once_and_both_next_steps(operator: Operator) -> None:
+    operator.host(port=free_port(), tailnet_proxy="no-such-program-here %h", tailnet_address="100.64.0.9")
+    with pytest.raises(ReachError) as caught:
+        open_session("vps1")
+    sentence = str(caught.value)
+    assert sentence.count("vps1") == 1
+    assert "cannot run no-such-program-here, which should carry the connection: No such file" in sentence
+    assert "Errno" not in sentence
+    assert "Connection refused." in sentence
+    assert "correct tailnet_proxy" in sentence
+    assert "the address right?" in sentence
