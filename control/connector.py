@@ -105,13 +105,15 @@ class QuietportConnector(SSHConnector):
             self.session = None
 
     def take_lock(self) -> None:
-        """Be the only controller at this host until `disconnect`; every command is fenced from now on.
+        """Be the only controller at this host until it fails or `disconnect`; each command is fenced now.
 
         Raises LockError with who has it and since when, ReachError when it cannot be had.
         """
         if self.lock is None:
             self.lock = HostLock.take(
-                self._live(), say=lambda sentence: logger.info(f"{self.host.print_prefix}{sentence}")
+                self._live(),
+                say=lambda sentence: logger.info(f"{self.host.print_prefix}{sentence}"),
+                wanted=lambda: self.host not in self.state.failed_hosts,
             )
 
     def switch(self, session: Session) -> None:

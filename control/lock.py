@@ -175,19 +175,25 @@ def fenced(line: str) -> str:
 class HostLock:
     """The lock of one host, held from `take` until `release` or until this process dies."""
 
-    def __init__(self, name: str, conversation: Conversation) -> None:
-        self._name = name
+    def __init__(self, name: str, conversation: Conversation, wanted: Callable[[], bool]) -> None:
         self._conversation = conversation
+        self._wanted = wanted
         self._over = threading.Event()
         threading.Thread(target=self._beat, name=f"lock {name}", daemon=True).start()
 
     @staticmethod
-    def take(session: Session, *, say: Callable[[str], None] = lambda sentence: None) -> HostLock:
+    def take(
+        session: Session,
+        *,
+        say: Callable[[str], None] = lambda sentence: None,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> HostLock:
         """Take the lock over `session`; waits for what a dead run left behind, and says what and whose.
 
-        Raises LockError with who has it and since when, ReachError when it cannot be had at all.
+        It is given back when `wanted` says no: others may work on a host that has failed while the rest of a
+        run goes on. Raises LockError with who has it and since when, ReachError when it cannot be had at all.
         """
-        return HostLock(session.name, _hold(session, "take", say))
+        return HostLock(session.name, _hold(session, "take", say), wanted)
 
     def move(self, session: Session) -> None:
         """Hold it over another session of the same run; then the one before may be closed.
@@ -214,6 +220,8 @@ class HostLock:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
+            if not self._wanted():
+                self.release()
             # A lost link is told by whoever uses it next.
             with contextlib.suppress(ReachError):
                 self._conversation.say("beat")

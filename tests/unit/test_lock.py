@@ -275,6 +275,21 @@ def test_a_command_keeps_the_lock_of_commands_while_it_runs(session: Session, pl
     held.release()
 
 
+def test_a_host_that_failed_is_free_for_others_while_the_run_goes_on(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.2)
+    failed: list[str] = []
+    held = HostLock.take(session, wanted=lambda: not failed)
+    time.sleep(0.6)
+    assert seen()["held"]
+    failed.append("vps1")
+    wait_until_free()
+    assert seen() == Controller.default()
+    assert b"the lock of this run is gone" in session.run(fenced("true")).stderr
+    held.release()
+
+
 @pytest.mark.parametrize("spoil", ["chmod 755", "chown nobody", "ln"])
 def test_a_directory_that_others_could_change_is_refused(
     session: Session, place: Path, tmp_path: Path, spoil: str
