@@ -8,13 +8,18 @@ LAB := $(PY) -m lab
 
 # These targets use a lab run (QUIETPORT_LAB_RUN, else `default`), never your own hosts: see `lab-hosts`.
 
+<<<<<<< Updated upstream
 .PHONY: help venv demo test test-all lint types programs unit fixtures kills docs-table lock lab-up lab-down lab-hosts
+=======
+.PHONY: help venv demo test test-all lint types programs unit fixtures docs-table bench lock lab-up lab-down lab-hosts
+>>>>>>> Stashed changes
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
 	@echo "make test-all          the same, and the VM with Debian 12"
 	@echo "make kills N= SEED=    the converge killed N times, and what came of each host"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
+	@echo "make bench [HOSTS=10]  what ten hosts cost against one, into docs/benchmarks.md"
 	@echo "make venv lint types unit fixtures docs-table lock"
 
 venv:
@@ -62,6 +67,11 @@ lab-down: venv
 # docs/when-things-go-wrong.md, from what the last end-to-end run saw.
 docs-table: venv
 	@$(PY) -m tests.lab.table
+
+# Takes a quarter of an hour with the machine to itself; docs/benchmarks.md says what it was measured on.
+bench: venv
+	@$(PYTHON3) -m lab.bootstrap lab --target container
+	@env -u QUIETPORT_HOSTS $(PY) -m bench.fleet --hosts $(or $(HOSTS),10)
 
 # Names the lab's hosts file, or fails: `QUIETPORT_HOSTS=$$(make -s lab-hosts) pyinfra inventory ...`
 lab-hosts: venv
