@@ -8,11 +8,8 @@ LAB := $(PY) -m lab
 
 # These targets use a lab run (QUIETPORT_LAB_RUN, else `default`), never your own hosts: see `lab-hosts`.
 
-<<<<<<< Updated upstream
-.PHONY: help venv demo test test-all lint types programs unit fixtures kills docs-table lock lab-up lab-down lab-hosts
-=======
-.PHONY: help venv demo test test-all lint types programs unit fixtures docs-table bench lock lab-up lab-down lab-hosts
->>>>>>> Stashed changes
+.PHONY: help venv demo test test-all lint types programs unit fixtures kills docs-table bench lock lab-up lab-down
+.PHONY: lab-hosts
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
