@@ -56,14 +56,17 @@ def up(run_: Run, wanted: Sequence[Wanted], *, fresh: bool = False) -> list[Targ
     Raises LabError that says what did not come up; what there is stays for `logs` and goes with `down`.
     """
     run_.create()
-    with run_.lock():
-        around = services(run_)
+    with run_.lock(), ThreadPoolExecutor(max_workers=4) as pool:
+        # The first time their programs are compiled for minutes; a VM boots meanwhile.
+        coming = pool.submit(services, run_)
         there = {want.name: _present(run_, want, fresh=fresh) for want in wanted}
         missing = [want for want in wanted if there[want.name] is None]
-        new = {want.name: _boot(run_, around, want) for want in missing}
+        new = [_boot(run_, want) for want in missing]
+        around = coming.result()
+        for target in new:
+            forget(run_, around.tailnet, target.name)
         # Their scripts install packages and wait; the targets do not wait for each other.
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            finished = list(pool.map(lambda target: _finish(run_, around, target), new.values()))
+        finished = list(pool.map(lambda target: _finish(run_, around, target), new))
         found = {target.name: target for target in (*there.values(), *finished) if target is not None}
         write_files(run_, around)
     return [found[want.name] for want in wanted]
@@ -87,14 +90,13 @@ def _present(run_: Run, want: Wanted, *, fresh: bool) -> Target | None:
     return old if state == "running" else targets.start(run_, old)
 
 
-def _boot(run_: Run, around: Around, want: Wanted) -> Target:
-    forget(run_, around.tailnet, want.name)
+def _boot(run_: Run, want: Wanted) -> Target:
     target = targets.create(run_, want.kind, want.distro, want.name)
-    _trust(run_, target, around.tailnet.ca_cert)
     return run_.save_target(replace(target, detail={**target.detail, DETAIL: ",".join(want.variants)}))
 
 
 def _finish(run_: Run, around: Around, target: Target) -> Target:
+    _trust(run_, target, around.tailnet.ca_cert)
     if variants := target.detail[DETAIL]:
         with step(f"{target.name} becomes {variants}"):
             apply(run_, target, around)
