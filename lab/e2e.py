@@ -61,5 +61,7 @@ def report(skipped: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     """What is not tested here, and why."""
     lines = [f"SKIPPED: tests on a {kind} target: {why}" for kind, why in skipped.items()]
     if environ.get("QUIETPORT_TEST_ALL") != "1":
-        lines.append("SKIPPED: the VM with Debian 12, which `make test-all` adds.")
+        lines.append(
+            "SKIPPED: the blank VM with Debian 12, and every variant alone on it; `make test-all` adds them."
+        )
     return lines
