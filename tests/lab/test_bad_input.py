@@ -161,9 +161,9 @@ def test_two_hosts_with_one_address(blank: Blank) -> None:
 
 def test_a_file_that_is_not_toml(blank: Blank) -> None:
     hosts = vary(blank, "wrong")
-    hosts.file.write_text(hosts.file.read_text() + "user = root\n")
+    hosts.file.write_text("user = root\n" + hosts.file.read_text())
     done = hosts.pyinfra(DEPLOY, "-y")
-    said = must_say(done, blank[1], r": not TOML: .* \(at line \d+, column \d+\)\. Correct that line\.$")
+    said = must_say(done, blank[1], r": not TOML: .* \(at line 1, column 8\)\. Correct that line\.$")
     assert "Connecting" not in done.text
     record("input", "a `hosts.toml` that is not TOML", sees=said, after=NO_CONNECTION)
 
@@ -212,8 +212,8 @@ def test_a_login_key_that_is_not_there(blank: Blank, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def users(blank: Blank) -> Iterator[None]:
-    """`asks`: sudo asks for a password. `norights`: sudo lets the user do nothing."""
-    for user, groups in (("asks", "-G sudo"), ("norights", "")):
+    """`admin`: sudo asks for a password. `guest`: sudo lets the user do nothing."""
+    for user, groups in (("admin", "-G sudo"), ("guest", "")):
         script = (
             f"useradd -m -s /bin/bash {groups} {user}; echo {user}:{PASSWORD} | chpasswd; "
             f"install -d -m 700 -o {user} -g {user} /home/{user}/.ssh; "
@@ -221,7 +221,7 @@ def users(blank: Blank) -> Iterator[None]:
         )
         on_target(blank, script)
     yield
-    on_target(blank, "pkill -u asks,norights || true; userdel -f -r asks; userdel -f -r norights")
+    on_target(blank, "pkill -u admin,guest || true; userdel -f -r admin; userdel -f -r guest")
 
 
 @pytest.mark.usefixtures("users")
@@ -229,22 +229,22 @@ def users(blank: Blank) -> Iterator[None]:
     ("user", "password", "what", "told"),
     [
         (
-            "asks",
+            "admin",
             None,
             "sudo asks for a password, and there is no `sudo_password`",
-            r"sudo asks asks for a password\. Give its source as sudo_password in hosts\.toml, or log in as ",
+            r"sudo asks admin for a password\. Give its source as sudo_password in hosts\.toml, or log in ",
         ),
         (
-            "asks",
+            "admin",
             "wrong-e2e",
             "a wrong `sudo_password`",
-            r"sudo refused the password of asks\. Correct what sudo_password points at\.",
+            r"sudo refused the password of admin\. Correct what sudo_password points at\.",
         ),
         (
-            "norights",
+            "guest",
             PASSWORD,
             "a login that sudo lets do nothing",
-            r"norights has no right to use sudo\. Put the user into the sudo group, or log in as root\.",
+            r"guest has no right to use sudo\. Put the user into the sudo group, or log in as root\.",
         ),
     ],
     ids=["no password", "wrong password", "no right"],
@@ -279,10 +279,10 @@ def test_a_host_without_sudo(blank: Blank) -> None:
     on_target(blank, "mv /usr/bin/sudo /usr/bin/sudo.e2e")
     try:
         must_be_refused(
-            vary(blank, "sudo", user="asks"),
+            vary(blank, "sudo", user="admin"),
             blank,
             "a login that is not root, and no sudo",
-            r"asks is not root, and the host has no sudo\. Log in as root\.",
+            r"admin is not root, and the host has no sudo\. Log in as root\.",
         )
     finally:
         on_target(blank, "mv /usr/bin/sudo.e2e /usr/bin/sudo")
