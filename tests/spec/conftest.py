@@ -35,6 +35,11 @@ def _chosen(config: pytest.Config) -> list[str]:
     return names
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A wrong file or name is one sentence, not one for each module."""
+    _chosen(session.config)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a host. Session scope: pytest then finishes one host before the next."""
     if "name" in metafunc.fixturenames:

@@ -427,6 +427,18 @@ def test_the_command_says_that_sentence_and_nothing_else(
     assert (done.returncode, done.stdout) == (1, "")
 
 
+def test_the_specs_say_that_sentence_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in CASES if case.id == "unknown_key")
+    file = hosts_file(tmp_path, case.text, monkeypatch)
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/spec"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert done.stdout.strip() == ""
+    assert done.stderr.strip() == f"ERROR: {file}: {case.told}"
+
+
 def test_every_kind_is_typed() -> None:
     assert set(TYPED) <= {case.id for case in CASES}
 
