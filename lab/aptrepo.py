@@ -187,12 +187,14 @@ class AptRepo:
         with step("publishing Docker's packages"):
             self._publish(DOCKER, packages)
 
-    def sign_again(self, *, valid_until: datetime.datetime) -> None:
-        """Give every Release file a last day: one in the past makes apt refuse the repository."""
+    def sign_again(
+        self, *, valid_until: datetime.datetime | None, codenames: Sequence[str] = debs.CODENAMES
+    ) -> None:
+        """Give Release files a last day, or none: one in the past makes apt refuse the repository."""
         for layout in LAYOUTS:
-            codenames = [name for name in debs.CODENAMES if self._release(layout, name).is_file()]
+            present = [name for name in codenames if self._release(layout, name).is_file()]
             with locked(self.directory / ".lock"):
-                for codename in codenames:
+                for codename in present:
                     self._index(layout, codename, valid_until)
 
     def set_faults(self, faults: Sequence[Mapping[str, str]]) -> None:

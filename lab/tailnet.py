@@ -327,6 +327,20 @@ class Tailnet:
                 shutil.rmtree(record.sockets, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    @property
+    def server(self) -> int:
+        """Process id of headscale. Raises LabError when it does not run."""
+        process = self._record.headscale
+        if process is None or not alive(process):
+            raise LabError(f"headscale does not run in {self.run_dir}.")
+        return process.pid
+
+    def stop_server(self) -> None:
+        """End headscale alone, with what it keeps on disk: `start` brings it back."""
+        with locked(self.directory / ".lock"):
+            if process := self._record.headscale:
+                stop(process)
+
     def auth_key(
         self,
         reusable: bool = False,

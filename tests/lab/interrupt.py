@@ -108,7 +108,7 @@ class Converge:
         return self.names[number - 1] if len(self.names) >= number else None
 
     def wait_for_name(self, name: str, *, timeout: float = CONVERGE_TIMEOUT_S) -> bool:
-        """Wait until an operation whose name begins with `name` begins; False when the run ended before.
+        """Wait until an operation with `name` in its heading begins; False when the run ended before.
 
         Raises TimeoutError after `timeout` seconds.
         """
@@ -138,7 +138,7 @@ class Converge:
         return Done(self._argv, code, self.text, "")
 
     def _has_begun(self, name: str) -> bool:
-        return any(begun.startswith(name) for begun in self._names)
+        return any(name in begun for begun in self._names)
 
     def _wait(self, happened: Callable[[], bool], what: str, timeout: float) -> None:
         with self._news:

@@ -116,11 +116,12 @@ def plain(text: str) -> str:
 def sentence_of(text: str) -> str:
     """The line of a converge's output that says what went wrong, without pyinfra's prefix, or nothing.
 
-    A refusal is preferred, then our own command's error, then pyinfra's, then any line about an error.
+    A refusal or our reason for a failure is preferred, then our own command's error, then pyinfra's, then
+    any line about an error.
     """
     lines = [line.strip() for line in plain(text).splitlines()]
     wanted: tuple[Callable[[str], bool], ...] = (
-        lambda line: "refused:" in line,
+        lambda line: "refused:" in line or ": failed: " in line,
         lambda line: line.startswith("quietport:"),
         lambda line: "pyinfra error:" in line,
         lambda line: re.search(r"\berror\b", line, re.IGNORECASE) is not None,

@@ -56,6 +56,7 @@ def test_free_names_are_hosts_too() -> None:
     ("text", "wanted"),
     [
         ("--> Go\n    [c13] c13: refused: no key.\n[c13] Error: ran", "c13: refused: no key."),
+        ("an error\n[c13] c13: failed: the disk is full.\n[c13] Error: x", "c13: failed: the disk is full."),
         ("an error\nquietport: hosts.toml: no.\n", "quietport: hosts.toml: no."),
         ("x\n\x1b[31m--> \x1b[1mpyinfra error\x1b[0m: c13: gone", "pyinfra error: c13: gone"),
         ("fine\n    [c13] Error: executed 1 commands", "Error: executed 1 commands"),
