@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {what}")
     # Rows of this run alone, also those that its other processes record.
     os.environ.setdefault(record.ENV, str(record.directory() / time.strftime(f"%Y%m%dT%H%M%S-{os.getpid()}")))
+    # Others want the machine too: an emulated second processor costs a sixth more work in all.
+    os.environ.setdefault("QUIETPORT_VM_CPUS", "1")
 
 
 def _kind(story: str) -> str:
@@ -68,16 +70,59 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Faults first: they keep this thread busy while the stories are told in the background."""
+    """What has no story first: it keeps this thread busy while the stories are told in the background."""
     items.sort(key=_place)
 
 
 def _place(item: pytest.Item) -> int:
     story = _told_of(item)
-    if story is None or story == "fleet":
+    if story is None:
         # Both have one blank host; by name, what leaves it untouched comes first.
         return 0 if any(name in item.nodeid for name in ("test_bad_input", "test_faults")) else 1
-    return 2 if _kind(story) == "container" else 3
+    return 2 if story == "fleet" else 3 if _kind(story) == "container" else 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """Run the tests module by module, and those of a story as soon as it is told to its end.
+
+    The machine's time is what a run is short of: in a fixed order this thread would wait for one story
+    while the tests of another, or what has no story, could run.
+    """
+    if session.testsfailed or session.config.option.collectonly:
+        return None
+    groups: dict[tuple[str | None, str], list[pytest.Item]] = {}
+    for item in session.items:
+        groups.setdefault((_told_of(item), item.nodeid.partition("::")[0]), []).append(item)
+    now = _next(groups)
+    while now is not None:
+        following = _next(groups)
+        session.config.hook.pytest_runtest_protocol(item=now, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+        now = following
+    return True
+
+
+def _next(groups: dict[tuple[str | None, str], list[pytest.Item]]) -> pytest.Item | None:
+    """Take the next test: of the module that was begun, of a story that ended, of none, or the first."""
+    if not groups:
+        return None
+    ended = [key for key in reversed(groups) if key[0] in TELLING and TELLING[key[0]].chapters.ended]
+    free = [key for key in groups if key[0] is None]
+    key = BEGUN[-1] if BEGUN and BEGUN[-1] in groups else next(iter([*ended, *free, *groups]))
+    BEGUN.append(key)
+    item = groups[key].pop(0)
+    if not groups[key]:
+        del groups[key]
+    return item
+
+
+# The stories that are being told, and which module of which story was begun, in this order.
+TELLING: dict[str, Tale] = {}
+BEGUN: list[tuple[str | None, str]] = []
 
 
 @dataclass
@@ -111,6 +156,7 @@ def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
     for name in wanted:
         if in_ci() or not _missing(_kind(name)):
             told[name] = _tell(name, told)
+    TELLING.update(told)
     stories = Stories(told, set())
     yield stories
     for name, tale in told.items():
@@ -118,6 +164,11 @@ def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
             tale.lab.collect()
         else:
             tale.lab.down()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stories_begin(stories: Stories) -> None:
+    """Before the first test, whatever it is about."""
 
 
 def _tell(name: str, told: Mapping[str, Tale]) -> Tale:
@@ -150,7 +201,9 @@ FAILED: pytest.StashKey[bool] = pytest.StashKey()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Note on the test that it failed, for the fixtures that then keep their targets."""
     report = yield
     if report.failed:

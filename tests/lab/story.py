@@ -299,10 +299,14 @@ class Chapters:
             self.seconds[name] = time.monotonic() - began
             print(f"· {self.name} {name}: {self.seconds[name]:.0f} s", file=sys.stderr, flush=True)
 
-    def wait(self) -> None:
-        """Wait for the last step, told or not reached."""
-        *_, last = self.results.values()
-        last.exception()
+    @property
+    def ended(self) -> bool:
+        """Whether the story was told, or broke off."""
+        return all(result.done() for result in self.results.values())
+
+    def wait(self, step: str) -> None:
+        """Wait until this step is told, or not reached."""
+        self.results[step].exception()
 
     def __getitem__(self, name: str) -> Any:
         """The result of a step, waited for. A step that failed, or was not reached, fails the test."""

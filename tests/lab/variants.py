@@ -298,7 +298,7 @@ class Check:
 
 
 def tell(word: str, wanted: Sequence[Wanted], *, checks: Mapping[str, Check], after: Iterable[Tale]) -> Tale:
-    """Begin the story in the background, once the stories `after` are told."""
+    """Begin the story in the background, once the hosts of the stories `after` have converged twice."""
     tale = Variants(Lab.new(word.replace("_", "-")), wanted)
     others = [other.chapters for other in after]
 
@@ -315,7 +315,7 @@ def tell(word: str, wanted: Sequence[Wanted], *, checks: Mapping[str, Check], af
 
     def wait() -> None:
         for other in others:
-            other.wait()
+            other.wait("again")
 
     tale.chapters = Chapters(
         [
