@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -197,6 +198,7 @@ class Host:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.path = f"{folder}{os.pathsep}{os.environ['PATH']}"
         for name in ("apt-get", "apt-cache", "dpkg", "dpkg-query", "python3", "sleep"):
             (folder / name).write_text(FAKE)
             (folder / name).chmod(0o755)
@@ -207,7 +209,7 @@ class Host:
 
     def run(self, text: str, *args: str) -> subprocess.CompletedProcess[str]:
         text = text.replace("/run/quietport-apt-updated", str(self.folder / "stamp"))
-        env = {"PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}", "FAKES": str(self.folder)}
+        env = {"PATH": self.path, "FAKES": str(self.folder)}
         argv = ["sh", "-c", text, "sh", "900", *args]
         return subprocess.run(argv, input="waiter", env=env, capture_output=True, text=True, check=False)
 
@@ -265,6 +267,20 @@ def test_another_apt_that_comes_in_between_is_waited_for_again(fakes: Host) -> N
     assert [words.split()[0] for words in fakes.called("apt-get")] == ["-q", "-q", "install", "install"]
     # One wait at the start, then one before each command.
     assert len(fakes.called("python3")) == 1 + 1 + 4
+
+
+def test_a_host_without_python_gets_it(fakes: Host) -> None:
+    """The waiter is written in it, so that it cannot be asked for the one package that brings it."""
+    (fakes.folder / "python3").unlink()
+    for name in ("sh", "cat", "find", "sed", "xargs", "echo", "basename", "head", "touch"):
+        program = shutil.which(name)
+        assert program
+        (fakes.folder / name).symlink_to(program)
+    fakes.path = str(fakes.folder)
+    done = fakes.run(apt._INSTALL, "python3")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert fakes.called("apt-get")[-1].endswith(" -- python3")
 
 
 def test_a_download_that_fails_is_not_tried_for_ever(fakes: Host) -> None:
