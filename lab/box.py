@@ -57,6 +57,12 @@ HOSTS = """\
 ::1 localhost ip6-localhost ip6-loopback
 """
 
+# Every login would start a user manager and end it soon after, which an emulated machine does for seconds.
+LOGIND = """\
+[Login]
+UserStopDelaySec=15min
+"""
+
 FSTAB = "/dev/vda / ext4 errors=remount-ro 0 1\n"
 
 # Debian makes host keys when openssh-server is installed; a box that kept them would give all hosts the same.
@@ -79,6 +85,7 @@ FILES = {
     "etc/network/interfaces": INTERFACES,
     "etc/hosts": HOSTS,
     "etc/fstab": FSTAB,
+    "etc/systemd/logind.conf.d/lab.conf": LOGIND,
     "etc/hostname": "debian\n",
     # Empty, not absent: each host makes its own, and the boot is not taken for a first-boot dialogue.
     "etc/machine-id": "",
@@ -159,6 +166,7 @@ def _build(distro: str, work: Path) -> None:
         run(bootstrap_command(distro, root), log=log, timeout=900)
     for path, text in FILES.items():
         file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
         file.write_text(text)
     for key in (root / "etc/ssh").glob("ssh_host_*"):
