@@ -83,7 +83,9 @@ def _outcome(state: State, host: Host, errors: Errors) -> Outcome:
         return Outcome(host.name, reason=errors.reason(host.name) or "it was not reached")
     if host in state.failed_hosts:
         reason = errors.reason(host.name) or "it failed"
-        step = "".join(sorted(state.op_meta[undone[0]].names)) if undone and state.is_executing else ""
+        # pyinfra puts the deploy's name before the step's, which begins with it.
+        names = sorted(state.op_meta[undone[0]].names) if undone and state.is_executing else [""]
+        step = names[0].rpartition(" | ")[2]
         return Outcome(host.name, changed, f"{reason} (step: {step})" if step else reason)
     if undone or not metas or state.current_stage < StateStage.Disconnect:
         return Outcome(host.name, changed, "the run ended before it was through")
@@ -123,7 +125,7 @@ def _state() -> State | None:
 
 
 def _pyinfra(argv: Sequence[str]) -> int:
-    """pyinfra_cli.main.main, but for what Ctrl-C does, and the working directory on the path."""
+    """What pyinfra_cli.main.main does, but for Ctrl-C."""
     pyinfra.is_cli = True
     set_formatter(click.style)
     set_echo(click.echo)
