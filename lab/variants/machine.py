@@ -221,7 +221,7 @@ sed -i '1a # ClientAliveInterval was not set here' /etc/ssh/sshd_config.d/00-qui
 VARIANTS = (
     Variant(
         name="apt-locked",
-        what=f"apt's locks are held until {HELD_S} s after a converge asks for them (name it last)",
+        what=f"another process holds apt's locks until {HELD_S} s after the converge asks for them",
         script=fixed(_APT_LOCKED),
     ),
     Variant(
@@ -236,14 +236,14 @@ VARIANTS = (
     ),
     Variant(
         name="tailnet-ssh",
-        what="joined to the tailnet by hand, with Tailscale SSH; there is no key to join with",
+        what="the host was joined to the tailnet by hand, with Tailscale SSH, and there is no key to join with",
         script=_tailnet_script,
         keys=lambda _run, _target: {"auth_key": None},
         conflicts=frozenset({"older-converge"}),
     ),
     Variant(
         name="older-converge",
-        what="an older quietport has converged it, and the operator's side knows it",
+        what="an older quietport has converged the host, and left what is no longer wanted",
         script=fixed(_OLDER),
         here=_older_converge,
         # It logged in as root, to a host nobody had touched.
