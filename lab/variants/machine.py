@@ -236,7 +236,7 @@ VARIANTS = (
     ),
     Variant(
         name="tailnet-ssh",
-        what="the host was joined to the tailnet by hand, with Tailscale SSH, and there is no key to join with",
+        what="the host joined the tailnet by hand, with Tailscale SSH; there is no key to join with",
         script=_tailnet_script,
         keys=lambda _run, _target: {"auth_key": None},
         conflicts=frozenset({"older-converge"}),
