@@ -6,8 +6,10 @@ the pinned one on either way.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -25,6 +27,10 @@ from control.settings import HostSettings, fleet, settings_for
 __all__ = ["Route", "open_session", "remember_port", "remember_tailnet", "route", "ssh_config"]
 
 CONNECT_TIMEOUT_S = 10.0
+# A host that is on the tailnet and has nothing at sshd's port: so it is while sshd restarts, which takes
+# seconds on a busy host, and a converge that was killed may have begun just that.
+RESTART_S = 15.0
+RETRY_S = 1.0
 HOST_JSON = "/etc/quietport/host.json"
 
 
@@ -45,22 +51,32 @@ def open_session(
 ) -> Session:
     """Open a new session to `name`.
 
-    Without `way`: by a known tailnet address, then publicly, saying so. `addresses` are the tailnet
+    Without `way`: by a known tailnet address, then publicly, saying so; where both fail, and sshd may just be
+    restarting on the tailnet, there again for RESTART_S. `addresses` are the tailnet
     addresses to try instead of the known ones. With `keys_only` no password is sent. `timeout` (seconds)
     bounds connecting, the banner and the key exchange each.
     Raises ReachError with every way that was tried, SettingsError for an unknown name.
     """
     settings = settings_for(name)
     failures: list[ReachError] = []
+    restarting: list[_Attempt] = []
     for attempt in _attempts(name, settings, way, addresses):
         try:
             session = _open(attempt, settings, keys_only=keys_only, timeout=timeout)
         except ReachError as error:
             failures.append(error)
+            if isinstance(error, Refused) and way is None and attempt.route.way == "tailnet":
+                restarting.append(attempt)
             continue
         for failure in failures:
             logger.warning(f"{failure.what} Going on by the {session.way} address {session.address}.")
         return session
+    deadline = time.monotonic() + RESTART_S
+    while restarting and time.monotonic() < deadline:
+        time.sleep(RETRY_S)
+        for attempt in restarting:
+            with contextlib.suppress(ReachError):
+                return _open(attempt, settings, keys_only=keys_only, timeout=timeout)
     raise _all_failed(name, failures)
 
 
@@ -240,7 +256,7 @@ def _log_in(
                 moved, settings=settings, pinned=pinned, password=password, timeout=timeout
             )
         except NoAnswer as second:
-            raise NoAnswer(
+            raise type(second)(
                 f"{second.what.rstrip('.')}, nor on port {target.port}.", hint=second.hint
             ) from second
 

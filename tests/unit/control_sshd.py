@@ -154,6 +154,8 @@ def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operat
     monkeypatch.setenv("QUIETPORT_HOSTS", str(made.hosts_file))
     monkeypatch.setenv("QUIETPORT_STATE", str(made.state))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    # No test waits for an sshd that does not come back, but the one about that.
+    monkeypatch.setattr("control.reach.RESTART_S", 0.0)
     # No tailscale of the machine the tests run on.
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -82,6 +82,26 @@ def test_a_tailnet_that_does_not_answer_falls_back_and_says_so(
     assert "Going on by the public address 127.0.0.1" in caplog.text
 
 
+def test_an_sshd_that_restarts_on_the_tailnet_is_waited_for(
+    operator: Operator, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converge that was killed restarts it in the moment in which the next one begins."""
+    operator.host(port=server.port, address="127.0.0.9")
+    remember_tailnet("vps1", ["127.0.0.2"])
+    opened()
+    server.stop()
+    with pytest.raises(ReachError, match="Connection refused"):
+        opened()
+    monkeypatch.setattr("control.reach.RESTART_S", 30.0)
+    monkeypatch.setattr("control.reach.RETRY_S", 0.1)
+    later = threading.Timer(1, server.start)
+    later.start()
+    try:
+        assert opened().way == "tailnet"
+    finally:
+        later.join()
+
+
 def test_a_way_that_is_asked_for_is_the_only_one(operator: Operator, server: Server) -> None:
     operator.host(port=server.port)
     with pytest.raises(ReachError, match="no tailnet address is known"):
