@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,12 +131,22 @@ def test_a_command_without_a_limit_gets_one(
     assert isinstance(output, Unanswered)
 
 
-def test_a_lost_link_fails_with_a_sentence(connector: QuietportConnector) -> None:
-    command = StringCommand("echo said; sleep 2; echo more")
+def test_a_lost_link_fails_with_a_sentence(connector: QuietportConnector, tmp_path: Path) -> None:
+    mark = tmp_path / "begun"
+    command = StringCommand(f"echo said; touch {mark}; sleep 3; echo more")
     assert connector.run_shell_command(command)[1].output_lines == ["said", "more"]
-    assert connector.session is not None
-    cut = threading.Timer(0.7, connector.session.close)
-    cut.start()
+    session = connector.session
+    assert session is not None
+    mark.unlink()
+
+    def cut() -> None:
+        while not mark.exists():
+            time.sleep(0.05)
+        # What it said is on its way; a busy machine may take its time.
+        time.sleep(1)
+        session.close()
+
+    threading.Thread(target=cut, daemon=True).start()
     ok, output = connector.run_shell_command(command)
     assert not ok
     assert isinstance(output, Unanswered)
