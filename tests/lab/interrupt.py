@@ -116,6 +116,20 @@ class Converge:
         with self._news:
             return self._has_begun(name)
 
+    def wait_for_text(self, *parts: str, timeout: float) -> bool:
+        """Wait until it has said one of `parts`; False when it ended without.
+
+        Raises TimeoutError after `timeout` seconds.
+        """
+
+        def said() -> bool:
+            text = "".join(self._lines)
+            return any(part in text for part in parts)
+
+        self._wait(said, f"what says {' or '.join(map(repr, parts))}", timeout)
+        with self._news:
+            return said()
+
     def kill(self) -> None:
         """SIGKILL to pyinfra itself, as `kill -9` or the kernel out of memory would; harmless when it ended.
 

@@ -33,6 +33,9 @@ def test_headings_are_seen_as_they_come_and_a_kill_ends_it() -> None:
         assert running.wait_for_heading(2, timeout=10) == "second"
         assert running.wait_for_name("first", timeout=10)
         assert running.names == ["first, the one", "second"]
+        assert running.wait_for_text("Success", timeout=10)
+        with pytest.raises(TimeoutError, match="what says 'lost'"):
+            running.wait_for_text("lost", timeout=0.2)
         assert len(running.begun) == 2
         assert running.began <= running.begun[0] <= running.begun[1]
         with pytest.raises(TimeoutError, match=r"operation 3 did not begin.*\n.*Connected"):
@@ -49,6 +52,7 @@ def test_a_run_that_ended_is_waited_for_no_longer() -> None:
         assert running.wait_for_heading(4, timeout=10) is None
         assert running.wait_for_heading(3, timeout=10) == "third"
         assert not running.wait_for_name("fourth", timeout=10)
+        assert not running.wait_for_text("lost", timeout=10)
 
 
 def test_one_that_hangs_fails_and_is_ended() -> None:
