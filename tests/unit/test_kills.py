@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -202,11 +202,8 @@ def test_the_time_without_sshd_is_measured_whatever_its_address() -> None:
 
 
 def test_the_watcher_of_listeners_sees_one_open_and_close() -> None:
-    import socket
-
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-c", outlook._INSIDE], stdout=subprocess.PIPE, text=True
-    )
+    argv = [sys.executable, "-I", "-c", outlook._INSIDE]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     seen = View()
     assert process.stdout is not None
     try:
@@ -215,14 +212,14 @@ def test_the_watcher_of_listeners_sees_one_open_and_close() -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
-            port = listener.getsockname()[1]
-            time.sleep(0.3)
-        time.sleep(0.3)
+            name = f"tcp 127.0.0.1 {listener.getsockname()[1]}"
+            while name not in seen.names:
+                seen.take(process.stdout.readline())
+        while seen.of(name).news[-1].open:
+            seen.take(process.stdout.readline())
     finally:
-        process.terminate()
-        for line in process.communicate()[0].splitlines():
-            seen.take(line)
-    name = f"tcp 127.0.0.1 {port}"
+        process.kill()
+        process.communicate()
     assert name not in seen.before
     assert [one.open for one in seen.of(name).news] == [True, False]
 
