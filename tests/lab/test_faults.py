@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,30 +95,6 @@ def test_the_documented_way_back_in_works_and_is_closed_again(blank: Blank) -> N
     hosts.apply().ok()
     assert not is_public(*blank)
     hosts.ssh(name, "ufw delete allow 22/tcp").ok()
-
-
-def test_a_sudo_password_travels_on_stdin(blank: Blank, tmp_path: Path) -> None:
-    """The same host as another user, who needs sudo and its password."""
-    name = blank[1]
-    password = tmp_path / "sudo"
-    password.write_text("correct-horse-e2e\n")
-    hosts = vary(blank, "keyless", auth_key=None)
-    commands = [
-        "useradd -m -s /bin/bash -G sudo ops",
-        "echo ops:correct-horse-e2e | chpasswd",
-        "install -d -m 700 -o ops -g ops /home/ops/.ssh",
-        "install -m 600 -o ops -g ops /root/.ssh/authorized_keys /home/ops/.ssh/authorized_keys",
-        "command -v sudo >/dev/null || apt-get -q -y install sudo",
-    ]
-    hosts.ssh(name, " && ".join(commands)).ok()
-    ops = vary(blank, "sudo", auth_key=None, user="ops", sudo_password=f"file:{password}")
-    assert ops.ssh(name, "id -u").ok().out.strip() == "0"
-    # Every argv of the host while a command runs under sudo; the command's own is there as the control.
-    seen = ops.ssh(name, "sleep 0.3; cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\\0' ' '").ok().out
-    assert "sleep 0.3" in seen
-    assert "correct-horse" not in seen
-    done = ops.pyinfra(DEPLOY, "--dry", "--debug-operations")
-    assert "correct-horse" not in done.text
 
 
 def test_status_names_the_target(blank: Blank) -> None:
