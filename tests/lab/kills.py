@@ -56,10 +56,9 @@ SSHD_GONE_S = 10.0
 RUN_TIMEOUT_S = 900
 PROBED = (22, 80, 2222, 2375, 8080)
 CONTROL_PORT = 2222
-# Of a login: sshd's own processes, what has ended, and the holder of the lock (control/lock.py).
-NOT_WORK = ("sshd", "/usr/sbin/sshd", "(sd-pam", "[", "bash -c")
 # control/lock.py
 GOES_ON = "ended without finishing; this one goes on from there"
+BEGUN = "waiting for what a converge that ended without finishing began"
 DEFAULT_KILLS = 30
 DEFAULT_SEED = 20
 
@@ -196,8 +195,6 @@ class Kill:
     delay: float
     landed: str
     """The operation that had begun last when the kill came."""
-    went_on: tuple[str, ...]
-    """What the killed run had left running on the host."""
     reached: str
     """The way by which the host answered after it: public, tailnet or nothing."""
     after: float
@@ -216,6 +213,8 @@ class Result:
     without_sshd: float = 0.0
     """The longest time without any sshd that listens, in seconds."""
     took: float = 0.0
+    waited: list[str] = field(default_factory=list)
+    """What killed runs had left at work on the host, as the runs after them say."""
     said: str = ""
     """How the last run says that the one before was killed."""
 
@@ -261,8 +260,8 @@ class Report:
                 f"{chain.number:>4}  {chain.host:<5} {chain.begins:<8} {result.took:4.0f} s  {verdict}"
             )
             for kill in result.kills:
-                left = f"; went on: {', '.join(kill.went_on)}" if kill.went_on else ""
-                lines.append(f"        killed in {kill.landed!r}{left}; answers: {kill.reached}")
+                lines.append(f"        killed in {kill.landed!r}; answers: {kill.reached}")
+            lines += [f"        waited for: {waited}" for waited in result.waited]
             lines += [f"        {failure}" for failure in result.failures]
             if result.failures:
                 lines.append(f"        again: {self.again(result)}")
@@ -435,10 +434,10 @@ class Bench:
                 landed = title(run.names[-1]) if run.names else "connecting"
                 done = run.finish(30)
             self._log(f"{word}.txt", done.text)
+            result.waited += waited_for(done.text)
             if killed and done.code < 0:
-                went_on = left_running(self.execute("ps -eo cgroup:300,args --no-headers"))
                 reached, after = self.answers()
-                return Kill(one.name, delay, landed, went_on, reached, after)
+                return Kill(one.name, delay, landed, reached, after)
             if done.code != 0:
                 result.failures.append(f"the run before kill {word} failed: {_end(done.text)}")
                 return None
@@ -448,6 +447,7 @@ class Bench:
     def _last_run(self, result: Result) -> None:
         done = self.hosts.pyinfra(DEPLOY, "-y", "--limit", self.kind.name)
         self._log(f"{result.chain.number}-last.txt", done.text)
+        result.waited += waited_for(done.text)
         result.said = next((line for line in _lines(done.text) if GOES_ON in line), "")
         if done.code != 0:
             result.failures.append(f"the run after the kills failed: {_end(done.text)}")
@@ -528,16 +528,9 @@ class Bench:
         return fingerprint.differences(self.wanted, found)
 
 
-def left_running(ps: str) -> tuple[str, ...]:
-    """Programs at work for a login, from lines of `ps -eo cgroup,args`."""
-    found = []
-    for line in ps.splitlines():
-        group, _, command = line.strip().partition(" ")
-        command = command.strip()
-        if "/session-" in group and not command.startswith(NOT_WORK):
-            words = command.split()
-            found.append(" ".join(words[:3]) if words[0] not in ("sh", "timeout") else words[0])
-    return tuple(dict.fromkeys(found))
+def waited_for(text: str) -> list[str]:
+    """What a run says that it waits for, because a killed one had begun it: programs with their numbers."""
+    return re.findall(rf"{BEGUN}: (.+?)\.$", plain(text), re.MULTILINE)
 
 
 def _lines(text: str) -> list[str]:

@@ -60,7 +60,8 @@ def test_the_kills_were_kills(report: Report) -> None:
     done = [kill for result in report.results for kill in result.kills]
     assert len(done) == kills.DEFAULT_KILLS
     assert sum(kill.landed.startswith(RISKY) for kill in done) >= len(done) // 4
-    assert sum(bool(kill.went_on) for kill in done) >= 3
+    # A command was at work on the host when its run was killed, and the next run let it end.
+    assert any(result.waited for result in report.results)
     assert all(min(result.looks) > 20 for result in report.results)
     assert all(GOES_ON in result.said for result in report.results)
     record(
