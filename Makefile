@@ -2,7 +2,7 @@
 PYTHON3 ?= python3
 TARGET ?= container
 N ?= 30
-SEED ?= 20
+SEED ?= 22
 PY := .venv/bin/python
 LAB := $(PY) -m lab
 

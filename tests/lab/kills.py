@@ -60,7 +60,7 @@ CONTROL_PORT = 2222
 GOES_ON = "ended without finishing; this one goes on from there"
 BEGUN = "waiting for what a converge that ended without finishing began"
 DEFAULT_KILLS = 30
-DEFAULT_SEED = 20
+DEFAULT_SEED = 22
 
 
 @dataclass(frozen=True)
