@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shlex
 import subprocess
@@ -250,8 +251,15 @@ class Applied:
 
 
 def changes_of(operations: Sequence[Mapping[str, Any]], key: str) -> frozenset[tuple[str, str]]:
-    """(host, operation) pairs of pyinfra's JSON."""
-    return frozenset((host, operation["name"]) for operation in operations for host in operation[key])
+    """(host, operation) pairs of pyinfra's JSON.
+
+    Hosts of one run may have one operation by two names, with and without what is known later; pyinfra shows
+    one of them, by chance.
+    """
+    later = re.compile(r" \[content known after [^\]]*\]$")
+    return frozenset(
+        (host, later.sub("", operation["name"])) for operation in operations for host in operation[key]
+    )
 
 
 def canary() -> str:

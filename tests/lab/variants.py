@@ -270,8 +270,12 @@ class Guest:
 
     def changed(self, part: str) -> str:
         """The name of an operation that changed this host and begins with `part`. None fails the test."""
-        names = sorted(operation for host, operation in self.convergence.applied.changed if host == self.name)
-        found = [name for name in names if name.partition(" | ")[2].startswith(part) or name.startswith(part)]
+        names = sorted(
+            operation.rpartition(" | ")[2]
+            for host, operation in self.convergence.applied.changed
+            if host == self.name
+        )
+        found = [name for name in names if name.startswith(part)]
         assert found, f"no operation {part!r} changed {self.name}; these did: {names}"
         return found[0]
 
