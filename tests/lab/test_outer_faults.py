@@ -30,10 +30,10 @@ from tests.lab.untouched import changes, ssh_and_firewall
 pytestmark = pytest.mark.container
 
 # Debian 12 beside the others': faults of the repositories go by the codename in their paths.
-SUPPLY, SLOW = "c12-supply", "c13-slow"
+SUPPLY, SLOW, JOINING = "c12-supply", "c13-slow", "c13-joining"
 CUT, OTHER = "c13-cut", "c13-other"
 DISK, BOOT = "c13-disk", "c13-boot"
-HOSTS = {SUPPLY: "bookworm", **dict.fromkeys((SLOW, CUT, OTHER, DISK, BOOT), "trixie")}
+HOSTS = {SUPPLY: "bookworm", **dict.fromkeys((SLOW, JOINING, CUT, OTHER, DISK, BOOT), "trixie")}
 
 # Operations of a converge without Docker and secrets, about: a number above is one that never begins.
 OPERATIONS = 24
@@ -139,6 +139,12 @@ class Faults:
             key = Tailnet.attach(self.lab.run.directory).auth_key()
             again = Hosts.of(self.lab, "another-key", every=QUICK, **{name: {"auth_key": f"file:{key}"}})
             done = again.pyinfra(DEPLOY, "-y", "--limit", name)
+        for _ in range(3):
+            if done.code == 0 or "does not answer as SSH" not in done.text:
+                break
+            # The relay went down with the control server: paths through the tailnet take a while to come back.
+            time.sleep(10)
+            done = self.hosts.pyinfra(DEPLOY, "-y", "--limit", name)
         done.ok()
         target = self.lab.target(name)
         assert not reachable(target, [(target.public_ip, 22), (target.public_ip6, 22)])
@@ -182,20 +188,30 @@ class Faults:
         sentence = failed_with(done, SUPPLY)
         assert f"{tailnet.login_server} gave no answer" in sentence
         assert self.settled(SUPPLY, before) == AS_IT_WAS
+        self.must_become_private(SUPPLY)
         record("fault", "the tailnet's control server is down", sees=sentence, after=AS_IT_WAS + AGAIN)
 
     def control_server_restarts(self) -> None:
         tailnet = Tailnet.attach(self.lab.run.directory)
+        before = ssh_and_firewall(self.lab, JOINING)
         after = seeded("control server").uniform(0, 2)
-        with self.converge(SUPPLY) as running:
+        with self.converge(JOINING) as running:
             assert running.wait_for_name("tailscale: on the tailnet")
             time.sleep(after)
             with faults.control_server_down(tailnet):
                 time.sleep(3)
             done = running.finish(BOUND_S)
-        done.ok()
-        self.must_become_private(SUPPLY)
-        self.goes_through("the tailnet's control server restarts during the join", done)
+        if done.code != 0:
+            # It joined; but the operator's way to it was not back when the gate asked for it.
+            failed_with(done, JOINING)
+            self.settled(JOINING, before)
+        assert "Traceback" not in done.text
+        self.must_become_private(JOINING)
+        what = "the tailnet's control server restarts during the join"
+        sees = (
+            "nothing: the run waits and goes through; or it is refused, because the tailnet is not back yet"
+        )
+        record("fault", what, sees=sees, after=EITHER + AGAIN)
 
     def control_server_slow(self) -> None:
         tailnet = Tailnet.attach(self.lab.run.directory)
