@@ -142,7 +142,7 @@ class Faults:
         for _ in range(3):
             if done.code == 0 or "does not answer as SSH" not in done.text:
                 break
-            # The relay went down with the control server: paths through the tailnet take a while to come back.
+            # The relay went down with the control server: paths through the tailnet take a while to be back.
             time.sleep(10)
             done = self.hosts.pyinfra(DEPLOY, "-y", "--limit", name)
         done.ok()
@@ -203,7 +203,7 @@ class Faults:
             done = running.finish(BOUND_S)
         if done.code != 0:
             # It joined; but the operator's way to it was not back when the gate asked for it.
-            failed_with(done, JOINING)
+            assert failures(done, JOINING)
             self.settled(JOINING, before)
         assert "Traceback" not in done.text
         self.must_become_private(JOINING)
