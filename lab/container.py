@@ -17,7 +17,7 @@ from lab import engine as engines
 from lab import images, keys, network, public
 from lab.engine import LABEL, Engine
 from lab.process import LabError, run, say, step, wait_until
-from lab.state import Run, Subnet, Target
+from lab.state import Run, Subnet, Target, write
 
 NAMES = {"trixie": "c13", "bookworm": "c12"}
 NUMBERS = range(20, 100)
@@ -74,11 +74,21 @@ def describe(run_: Run, distro: str, subnet: Subnet, name: str) -> Target:
     )
 
 
+def reserve(run_: Run, distro: str, subnet: Subnet, name: str) -> Target:
+    """Write the target down with addresses that no other one has or gets."""
+    with run_.lock("addresses"):
+        return run_.save_target(describe(run_, distro, subnet, name))
+
+
 def create(run_: Run, distro: str, name: str) -> Target:
     """Boot a blank host and its public side. Raises LabError that says what did not come up."""
-    engine = engines.acquire(run_)
-    image = images.ensure(engine, distro)
-    target = run_.save_target(describe(run_, distro, network.ensure_container(run_, engine), name))
+    # Several may be made at the same time; what they share is made by the first.
+    with run_.lock("shared"):
+        engine = engines.acquire(run_)
+        image = images.ensure(engine, distro)
+        subnet = network.ensure_container(run_, engine)
+        keys.operator_key(run_)
+    target = reserve(run_, distro, subnet, name)
     with step(f"blank Debian host {target.name} ({distro}, container)"):
         engine.docker("rm", "--force", "--volumes", _container(target), check=False)
         _make(run_, engine, target, image)
@@ -312,8 +322,7 @@ def _give_keys(run_: Run, engine: Engine, target: Target) -> None:
     """Host keys of its own, and the operator's key for root: what a provider does at the first boot."""
     engine.docker("cp", f"{keys.host_keys(run_, target.name)}/.", f"{_container(target)}:/etc/ssh/")
     authorized = run_.keys / "authorized_keys"
-    authorized.write_text(keys.operator_public_key(run_) + "\n")
-    authorized.chmod(0o600)
+    write(authorized, keys.operator_public_key(run_) + "\n")
     engine.docker("cp", authorized, f"{_container(target)}:/root/.ssh/authorized_keys")
 
 

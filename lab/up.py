@@ -61,7 +61,10 @@ def up(run_: Run, wanted: Sequence[Wanted], *, fresh: bool = False) -> list[Targ
         coming = pool.submit(services, run_)
         there = {want.name: _present(run_, want, fresh=fresh) for want in wanted}
         missing = [want for want in wanted if there[want.name] is None]
-        new = [_boot(run_, want) for want in missing]
+        containers = [want for want in missing if want.kind == "container"]
+        others = [want for want in missing if want not in containers]
+        new = list(pool.map(lambda want: _boot(run_, want), containers))
+        new += [_boot(run_, want) for want in others]
         around = coming.result()
         for target in new:
             forget(run_, around.tailnet, target.name)

@@ -12,6 +12,7 @@ import tarfile
 import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,6 +242,14 @@ def test_targets_of_one_debian_have_addresses_of_their_own(a_run: Run) -> None:
         a_run.save_target(target)
     with pytest.raises(LabError, match="no address left"):
         container.describe(a_run, "trixie", SUBNET, "one-more")
+
+
+def test_targets_made_at_the_same_time_get_addresses_of_their_own(a_run: Run) -> None:
+    names = [f"c13-{number}" for number in range(16)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        made = list(pool.map(lambda name: container.reserve(a_run, "trixie", SUBNET, name), names))
+    assert len({target.public_ip for target in made}) == len(names)
+    assert a_run.read().targets.keys() == set(names)
 
 
 def test_a_wanted_target_is_named_by_its_variants() -> None:
