@@ -323,8 +323,8 @@ def test_no_output_shows_one(watched: Watched) -> None:
 
 def test_a_killed_converge_leaves_none_behind(watched: Watched) -> None:
     assert about(watched, watched.left_by_kills) == []
-    assert watched.killed[1].startswith(JOIN)
-    assert watched.killed[2].startswith(SECRETS)
+    # Where each was when it was killed; that it had got to what is named here was checked then.
+    assert len(watched.killed) == 3, watched.killed
     record(
         "fault",
         "the converge is killed (SIGKILL) as it joins the tailnet with a key, and as it writes a secret",
