@@ -42,7 +42,8 @@ PATHS_BY_CHANCE = re.compile(
 PREFERENCES_BY_CHANCE = ("Config", "Persist", "AutoUpdate", "AppConnector")
 # Their own sockets of the day; UDP for direct paths, and its own service on the tailnet address.
 MAX_TEXT = 4096
-EPHEMERAL = ("tailscaled", "containerd")
+EPHEMERAL = ("containerd",)
+WIREGUARD = "41641"
 # Where the lab's Docker answers a container target's questions for names.
 LAB_RESOLVER = "127.0.0.11"
 CONFIGURATION = {
@@ -143,9 +144,10 @@ def listeners(plain: Text) -> dict[str, str]:
         words = line.split()
         name = (re.findall(r'\(\("([^"]+)"', line) or ["?"])[0]
         address, _, port = plain(words[4]).rpartition(":")
-        if address == LAB_RESOLVER:
+        # tailscaled's peer API begins to listen anew, on each family by itself, whenever the network changes.
+        if address == LAB_RESOLVER or (name == "tailscaled" and port != WIREGUARD):
             continue
-        if name in EPHEMERAL and port != "41641":
+        if name in EPHEMERAL:
             port = "*"
         found[f"{words[0]} {address}:{port}"] = name
     return found
