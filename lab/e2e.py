@@ -62,6 +62,6 @@ def report(skipped: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     lines = [f"SKIPPED: tests on a {kind} target: {why}" for kind, why in skipped.items()]
     if environ.get("QUIETPORT_TEST_ALL") != "1":
         lines.append(
-            "SKIPPED: the blank VM with Debian 12, and every variant alone on it; `make test-all` adds them."
+            "SKIPPED: VMs with Debian 12, and every variant alone on Debian 12; `make test-all` adds them."
         )
     return lines

@@ -40,8 +40,8 @@ PATHS_BY_CHANCE = re.compile(
     r"|(/var)?/tmp/systemd-private-"
 )
 PREFERENCES_BY_CHANCE = ("Config", "Persist", "AutoUpdate", "AppConnector")
-# Their own sockets of the day; UDP for direct paths, and its own service on the tailnet address.
 MAX_TEXT = 4096
+# Programs whose port is another every time.
 EPHEMERAL = ("containerd",)
 WIREGUARD = "41641"
 # Where the lab's Docker answers a container target's questions for names.

@@ -23,8 +23,8 @@ _HEAD = """\
 # When things go wrong
 
 The end-to-end tests made this page; nothing in it is typed by hand. A row is here because a test of the run \
-did that to a host, took the sentence from the output, and then looked at the host. `make test` fails when \
-what it sees is not what this page says; `make docs-table` writes the page from the last run.
+did that to a host, took the sentence from the output, and then looked at the host. `make test` ends with \
+what it saw otherwise than this page says; `make docs-table` writes the page from the last run.
 
 What differs from run to run is named in capitals: `HOST`, `ADDRESS`, `TIME`, `ID`, `TEMP` and `LAB` \
 (directories), `N` (a number).
