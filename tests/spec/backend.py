@@ -13,6 +13,7 @@ import testinfra.backend
 from testinfra.backend.base import BaseBackend, CommandResult
 
 from control.reach import open_session
+from control.session import LinkLost
 
 if TYPE_CHECKING:
     from control.session import Session
@@ -40,9 +41,17 @@ class QuietportBackend(BaseBackend):
         return self._sessions[self.hostname]
 
     def run(self, command: str, *args: str, **kwargs: Any) -> CommandResult:
-        """Run `command` as root; `args` fill its %s and are quoted."""
+        """Run `command` as root; `args` fill its %s and are quoted.
+
+        A lost connection is made anew once: specs only read, so nothing is done twice.
+        """
         line = self.quote(command, *args)
-        done = self.session.run(line, timeout=COMMAND_TIMEOUT_S)
+        try:
+            done = self.session.run(line, timeout=COMMAND_TIMEOUT_S)
+        except LinkLost:
+            if lost := self._sessions.pop(self.hostname, None):
+                lost.close()
+            done = self.session.run(line, timeout=COMMAND_TIMEOUT_S)
         return self.result(done.exit_code, line.encode(), done.stdout, done.stderr)
 
     def decode(self, data: bytes) -> str:
