@@ -274,8 +274,10 @@ def _carry(run_: Run, target: Target, port: int) -> int:
         link.shutdown(socket.SHUT_WR)
 
     threading.Thread(target=outward, daemon=True).start()
-    while block := link.recv(65536):
-        os.write(1, block)
+    # A reset is the end as well: ssh says what that means.
+    with contextlib.suppress(ConnectionResetError):
+        while block := link.recv(65536):
+            os.write(1, block)
     return 0
 
 

@@ -32,8 +32,8 @@ def account(user: str) -> str:
 
 
 # Unit and links are those of Ubuntu 24.04. Debian 12's sshd cannot take over a socket that listens: there
-# every connection gets an sshd of its own (ssh@.service). Ubuntu's generator is a C program; this one does
-# the same: a drop-in with addresses when they are not the usual ones.
+# every connection gets an sshd of its own, by a template that Debian 12 does not ship (ran). Ubuntu's
+# generator is a C program; this one does the same: a drop-in with addresses when they are not the usual ones.
 _SSH_SOCKET = rf"""
 cat >/usr/lib/systemd/system/ssh.socket <<'END'
 [Unit]
@@ -52,7 +52,21 @@ FreeBind=yes
 WantedBy=sockets.target
 RequiredBy=ssh.service
 END
-grep -q LISTEN_FDS /usr/sbin/sshd || sed -i 's/^Accept=no/Accept=yes/' /usr/lib/systemd/system/ssh.socket
+if ! grep -q LISTEN_FDS /usr/sbin/sshd; then
+  sed -i 's/^Accept=no/Accept=yes/' /usr/lib/systemd/system/ssh.socket
+  cat >/usr/lib/systemd/system/ssh@.service <<'END'
+[Unit]
+Description=OpenBSD Secure Shell server per-connection daemon
+
+[Service]
+EnvironmentFile=-/etc/default/ssh
+ExecStart=-/usr/sbin/sshd -i $SSHD_OPTS
+StandardInput=socket
+RuntimeDirectory=sshd
+RuntimeDirectoryMode=0755
+RuntimeDirectoryPreserve=yes
+END
+fi
 mkdir -p /usr/lib/systemd/system-generators
 cat >/usr/lib/systemd/system-generators/sshd-socket-generator <<'END'
 #!/bin/sh
