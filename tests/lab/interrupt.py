@@ -54,6 +54,11 @@ class Converge:
         `through` is a program and its options that end up as pyinfra themselves, in the same process.
         """
         argv = (*through, str(BIN / "pyinfra"), "inventory", DEPLOY, "-y", *args)
+        return Converge.by(hosts, argv, **env)
+
+    @staticmethod
+    def by(hosts: Hosts, argv: tuple[str, ...], **env: str) -> Converge:
+        """Start whatever command converges, in a process group of its own."""
         process = subprocess.Popen(
             argv,
             cwd=ROOT,

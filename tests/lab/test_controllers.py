@@ -6,9 +6,7 @@ One lab with two blank hosts, c13 and c12, which these tests converge in this or
 from __future__ import annotations
 
 import getpass
-import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +20,7 @@ from lab.process import wait_until
 from tests.lab.conftest import FAILED, _missing
 from tests.lab.interrupt import Converge
 from tests.lab.record import plain, record, sentence_of
-from tests.lab.story import BIN, DEPLOY, ROOT, SECRET_VARIABLE, Done, Hosts, Lab, in_ci
+from tests.lab.story import BIN, DEPLOY, SECRET_VARIABLE, Done, Hosts, Lab, in_ci
 from tests.lab.untouched import changes, is_public, state
 
 pytestmark = pytest.mark.container
@@ -107,19 +105,7 @@ def two(request: pytest.FixtureRequest) -> Iterator[Two]:
 
 def start(hosts: Hosts, *argv: str) -> Converge:
     """A controller in the background, followed by what it prints."""
-    command = (str(BIN / argv[0]), *argv[1:])
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **hosts.env()},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    return Converge(process, command)
+    return Converge.by(hosts, (str(BIN / argv[0]), *argv[1:]))
 
 
 def closing(done: Done) -> dict[str, str]:
