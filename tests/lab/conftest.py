@@ -219,10 +219,10 @@ def needs_containers() -> None:
 
 
 @pytest.fixture(scope="session")
-def blank(stories: Stories, request: pytest.FixtureRequest) -> Iterator[tuple[Lab, str]]:
+def blank(
+    stories: Stories, request: pytest.FixtureRequest, needs_containers: None
+) -> Iterator[tuple[Lab, str]]:
     """A lab of its own with one blank host, for what must go wrong on it, one test after the other."""
-    if not in_ci() and (lacking := _missing("container")):
-        pytest.skip(f"faults: {lacking}")
     lab = Lab.new("faults")
     try:
         name = lab.up(kind="container", distro="trixie")

@@ -17,10 +17,10 @@ import pytest
 
 from lab import targets
 from lab.process import wait_until
-from tests.lab.conftest import FAILED, _missing
+from tests.lab.conftest import FAILED
 from tests.lab.interrupt import Converge
 from tests.lab.record import plain, record, sentence_of
-from tests.lab.story import BIN, DEPLOY, SECRET_VARIABLE, Done, Hosts, Lab, in_ci
+from tests.lab.story import BIN, DEPLOY, SECRET_VARIABLE, Done, Hosts, Lab
 from tests.lab.untouched import changes, is_public, state
 
 pytestmark = pytest.mark.container
@@ -84,9 +84,7 @@ class Two:
 
 
 @pytest.fixture(scope="module")
-def two(request: pytest.FixtureRequest) -> Iterator[Two]:
-    if not in_ci() and (lacking := _missing("container")):
-        pytest.skip(f"controllers: {lacking}")
+def two(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Two]:
     lab = Lab.new("controllers")
     try:
         with ThreadPoolExecutor() as pool:
