@@ -34,8 +34,10 @@ SNAPSHOT = "lab"
 HURRY = -5
 
 # Seconds. Emulation on two busy cores is slow, and a wait that is too short costs a whole run.
-UP_TIMEOUT = 900
-BOOT_TIMEOUT = 420
+UP_TIMEOUT = 1800
+BOOT_TIMEOUT = 900
+# An emulated processor, shared with others, takes so many times as long as one of this machine's.
+EMULATED = 5
 # A request is one word of a command line, 128 KiB at most (MAX_ARG_STRLEN), and base64 adds a third.
 CHUNK = 60_000
 
@@ -300,9 +302,12 @@ def execute(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in the VM as root through the guest agent, past its network, sshd and firewall.
 
-    `timeout` is in seconds. Raises LabError when the agent does not answer, when the command takes longer
-    (it goes on in there), and, with `check`, when it fails.
+    `timeout` is in seconds, of a machine's own processor: an emulated one gets EMULATED times that. Raises
+    LabError when the agent does not answer, when the command takes longer (it goes on in there), and, with
+    `check`, when it fails.
     """
+    if target.detail["driver"] == "qemu":
+        timeout *= EMULATED
     request: dict[str, Any] = {
         "path": command[0],
         "arg": list(command[1:]),
@@ -348,7 +353,7 @@ def copy_in(target: Target, source: Path, destination: str) -> None:
     execute(target, ["chmod", "0644", destination])
 
 
-def _agent(target: Target, verb: str, arguments: Mapping[str, Any], *, timeout: int = 20) -> Any:
+def _agent(target: Target, verb: str, arguments: Mapping[str, Any], *, timeout: int = 60) -> Any:
     """Ask the guest agent. Raises LabError when it does not answer within `timeout` seconds."""
     request = json.dumps({"execute": verb, "arguments": dict(arguments)})
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping
@@ -112,6 +113,8 @@ def _next(groups: dict[tuple[str | None, str], list[pytest.Item]]) -> pytest.Ite
         return None
     ended = [key for key in reversed(groups) if key[0] in TELLING and TELLING[key[0]].chapters.ended]
     free = [key for key in groups if key[0] is None]
+    if not free:
+        NONE_LEFT.set()
     key = BEGUN[-1] if BEGUN and BEGUN[-1] in groups else next(iter([*ended, *free, *groups]))
     BEGUN.append(key)
     item = groups[key].pop(0)
@@ -120,6 +123,8 @@ def _next(groups: dict[tuple[str | None, str], list[pytest.Item]]) -> pytest.Ite
     return item
 
 
+# Set when no test is left that is about no story: then this thread has nothing to do but wait for stories.
+NONE_LEFT = threading.Event()
 # The stories that are being told, and which module of which story was begun, in this order.
 TELLING: dict[str, Tale] = {}
 BEGUN: list[tuple[str | None, str]] = []
@@ -172,11 +177,18 @@ def _stories_begin(stories: Stories) -> None:
 
 
 def _tell(name: str, told: Mapping[str, Tale]) -> Tale:
-    """Begin a story. One of hosts that are not blank waits for those before it on the same kind of target."""
+    """Begin a story. One of hosts that are not blank waits for its turn (see above)."""
     if name in BLANK:
         return tell(name, STORIES[name])
-    before = [tale for other, tale in told.items() if _kind(other) == _kind(name)]
-    return variants.tell(name, STORIES[name], checks=CHECKS, after=before)
+    before = [tale.chapters for other, tale in told.items() if _kind(other) == _kind(name)]
+
+    def turn() -> None:
+        for chapters in before:
+            chapters.wait()
+        if _kind(name) == "container":
+            NONE_LEFT.wait()
+
+    return variants.tell(name, STORIES[name], checks=CHECKS, turn=turn)
 
 
 @pytest.fixture

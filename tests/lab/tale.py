@@ -22,7 +22,7 @@ from tests.lab.story import (
     reachable,
 )
 
-RETURN_TIMEOUT_S = 300
+RETURN_TIMEOUT_S = 900
 
 
 @dataclass

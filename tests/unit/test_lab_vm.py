@@ -288,8 +288,12 @@ def test_execute_fails_when_the_command_does(target: Target, agent: Callable[...
 
 def test_execute_gives_up_in_time(target: Target, agent: Callable[..., Agent]) -> None:
     agent({"exited": False})
-    with pytest.raises(LabError, match=r"v13: sleep 9: still not done after 0\.3 s"):
-        vm.execute(target, ["sleep", "9"], timeout=0.3)
+    fast = replace(target, detail={**target.detail, "driver": "kvm"})
+    with pytest.raises(LabError, match=r"v13: sleep 9: still not done after 0\.1 s"):
+        vm.execute(fast, ["sleep", "9"], timeout=0.1)
+    slow = replace(target, detail={**target.detail, "driver": "qemu"})
+    with pytest.raises(LabError, match=r"v13: sleep 9: still not done after 0\.5 s"):
+        vm.execute(slow, ["sleep", "9"], timeout=0.1)
 
 
 def test_execute_refuses_input_that_does_not_fit(target: Target, agent: Callable[..., Agent]) -> None:
