@@ -6,15 +6,20 @@ address with the host's own keys, also when sshd is dead.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from control.dial import NoAnswer
 from control.errors import QuietportError, ReachError
 from control.reach import open_session
 from control.session import Session
 
 INTERFACE = "tailscale0"
 PROOF_TIMEOUT_S = 20.0
+# A path through the tailnet takes seconds to come up after a join, and after its relay was away.
+PATIENCE_S = 30.0
+AGAIN_S = 3.0
 _SSHD = ("/usr/sbin/sshd", "/usr/lib/openssh/sshd-session")
 
 # Prints the program of every ancestor, the nearest first. Field 4 of stat is the parent; the name in
@@ -43,16 +48,15 @@ def prove(name: str, addresses: Sequence[str] | None = None) -> Proof:
     """Log in to `name` anew, with a key, over the tailnet. Never raises for a host's sake.
 
     `addresses` are those on the tailnet interface now, as the caller read them from the host; without it,
-    the remembered ones. The caller owns the session of a proof that is ok.
+    the remembered ones. While nothing answers there at all it is tried again, for PATIENCE_S seconds. The
+    caller owns the session of a proof that is ok.
     """
     if addresses is not None and not addresses:
         return Proof(
             ok=False, sentence=f"{name}: no address is on {INTERFACE}: the host is not on the tailnet."
         )
     try:
-        session = open_session(
-            name, way="tailnet", keys_only=True, addresses=addresses, timeout=PROOF_TIMEOUT_S
-        )
+        session = _new_login(name, addresses)
     except QuietportError as error:
         return Proof(ok=False, sentence=str(error))
     try:
@@ -66,6 +70,19 @@ def prove(name: str, addresses: Sequence[str] | None = None) -> Proof:
         raise
     sentence = f"{name}: a new key login over the tailnet ({session.address}) was accepted by sshd."
     return Proof(ok=True, sentence=sentence, session=session)
+
+
+def _new_login(name: str, addresses: Sequence[str] | None) -> Session:
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return open_session(
+                name, way="tailnet", keys_only=True, addresses=addresses, timeout=PROOF_TIMEOUT_S
+            )
+        except NoAnswer:
+            if time.monotonic() + AGAIN_S > end:
+                raise
+        time.sleep(AGAIN_S)
 
 
 def _require_sshd(session: Session) -> None:

@@ -131,8 +131,9 @@ class Faults:
     def must_become_private(self, name: str, *, lost_key: bool = False) -> None:
         """What a rerun does when the fault is gone.
 
-        `lost_key`: the host may have gone down between its registration and tailscaled's note of it. A key
-        that is good for one host is used up then, and another is what the sentence asks for.
+        `lost_key`: the host, or the control server, may have gone down between the registration and
+        tailscaled's note of it. A key that is good for one host is used up then, and another is what the
+        sentence asks for.
         """
         done = self.hosts.pyinfra(DEPLOY, "-y", "--limit", name)
         if lost_key and "the auth key was used up before" in done.text:
@@ -206,7 +207,7 @@ class Faults:
             assert failures(done, JOINING)
             self.settled(JOINING, before)
         assert "Traceback" not in done.text
-        self.must_become_private(JOINING)
+        self.must_become_private(JOINING, lost_key=True)
         what = "the tailnet's control server restarts during the join"
         sees = (
             "nothing: the run waits and goes through; or it is refused, because the tailnet is not back yet"

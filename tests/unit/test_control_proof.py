@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from control import proof, state
+from control.dial import NoAnswer
+from control.errors import ReachError
 from control.proof import prove
 from control.reach import open_session, remember_tailnet
 from control.session import Result, Session
@@ -25,6 +28,8 @@ pytestmark = NEEDS_ROOT
 def interface(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loopback stands in for the tailnet's interface: it has 127.0.0.1, and 127.0.0.2 is on none."""
     monkeypatch.setattr(proof, "INTERFACE", "lo")
+    monkeypatch.setattr(proof, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(proof, "AGAIN_S", 0.4)
 
 
 @pytest.fixture
@@ -83,6 +88,39 @@ def test_not_joined(operator: Operator) -> None:
 def test_refused(operator: Operator) -> None:
     operator.host(address="::1", port=free_port())
     assert "Connection refused" in failed(["127.0.0.1"])
+
+
+def test_a_path_that_comes_up_late_is_waited_for(
+    joined: None, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def late(name: str, **how: Any) -> Session:
+        tried.append(how)
+        if len(tried) < 3:
+            raise NoAnswer(f"{name}: not yet")
+        return open_session(name, **how)
+
+    monkeypatch.setattr(proof, "open_session", late)
+    done = prove("vps1")
+    assert done.ok, done.sentence
+    assert done.session is not None
+    done.session.close()
+    assert len(tried) == 3
+
+
+def test_a_login_that_is_refused_is_not_tried_again(
+    joined: None, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def refuse(name: str, **how: Any) -> Session:
+        tried.append(how)
+        raise ReachError(f"{name}: no")
+
+    monkeypatch.setattr(proof, "open_session", refuse)
+    assert failed() == "vps1: no"
+    assert len(tried) == 1
 
 
 def test_another_key(joined: None, server: Server) -> None:
