@@ -11,6 +11,12 @@ from operations import sshd
 from operations.common import unknown_yet
 
 
+@deploy("ssh: follower")
+def follower(settings: HostSettings) -> None:
+    """Before the risky steps, and none itself: it leaves an sshd alone that has no drop-in of ours."""
+    sshd.followed(name="ssh: the tailnet addresses followed")
+
+
 @deploy("ssh")
 def ssh(settings: HostSettings) -> None:
     """The last step, and a risky one: passes the gate."""

@@ -23,6 +23,19 @@ TIMERS = (
         writes=("/var/lib/quietport",),
         sees_processes=True,
     ),
+    # For a follower that is dead or stuck: templates/ssh/quietport-sshd-follow.service.
+    Timer(
+        name="sshd-follow-once",
+        schedule="*:0/5",
+        program=(LAUNCHER, "sshd-follow", "--once"),
+        user="root",
+        capabilities=("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
+        address_families=("AF_NETLINK", "AF_UNIX"),
+        writes=("/etc/ssh", "/run"),
+        sees_processes=True,
+        jitter_s=60,
+        timeout_s=600,
+    ),
 )
 
 

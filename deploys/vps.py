@@ -15,7 +15,7 @@ from deploys.packages import packages
 from deploys.preflight import preflight
 from deploys.programs import programs
 from deploys.secrets import secrets
-from deploys.ssh import ssh
+from deploys.ssh import follower, ssh
 from deploys.tailscale import tailscale
 from deploys.timers import timers
 from deploys.users import users
@@ -30,5 +30,6 @@ docker(settings=settings)
 tailscale(settings=settings)
 secrets(settings=settings)
 timers(settings=settings)
+follower(settings=settings)
 firewall(settings=settings)
 ssh(settings=settings)

@@ -82,14 +82,15 @@ class SshdEffective(FactBase[dict[str, list[str]]]):
 class SshdProcess(FactBase[dict[str, Any]]):
     """Whether the sshd of ssh.service runs what its files say.
 
-    {running, pid, started_at, newest_config_mtime (seconds since the epoch, or None), stale: it runs and
-    began before the files, or the directory (a file was removed), last changed}.
+    {running, pid, started_at, read_at: when it last read its files, by a start or a reload,
+    newest_config_mtime (seconds since the epoch, or None), stale: it runs and read them before the files, or
+    the directory (a file was removed), last changed}.
     """
 
     @override
     def command(self) -> str:
         return sections(
-            process=f"{SHOW_START} ssh.service",
+            process=f"{SHOW_START} -p ActiveEnterTimestamp -p StateChangeTimestamp ssh.service",
             mtimes="cd /etc/ssh && stat -L -c %.9Y sshd_config sshd_config.d sshd_config.d/*.conf",
             now="date +%s.%N",
         )
@@ -97,7 +98,7 @@ class SshdProcess(FactBase[dict[str, Any]]):
     @override
     @staticmethod
     def default() -> dict[str, Any]:
-        unknown = dict.fromkeys(("pid", "started_at", "newest_config_mtime"))
+        unknown = dict.fromkeys(("pid", "started_at", "read_at", "newest_config_mtime"))
         return {"running": False, **unknown, "stale": False}
 
     @override
@@ -108,10 +109,17 @@ class SshdProcess(FactBase[dict[str, Any]]):
         pid = int(shown.get("MainPID") or 0)
         changed = newest(parts["mtimes"].text, now=float(parts["now"].text or 0))
         started = started_at(shown.get("ExecMainStartTimestamp", "")) if pid else None
+        # A reload keeps the process, and changes the unit's state once more after the start.
+        entered, last = (
+            started_at(shown.get(f"{name}Timestamp", "")) for name in ("ActiveEnter", "StateChange")
+        )
+        reloaded = started is not None and entered is not None and last is not None and last > entered
+        read = last if reloaded else started
         return {
             "running": pid > 0,
             "pid": pid or None,
             "started_at": started,
+            "read_at": read,
             "newest_config_mtime": changed,
-            "stale": stale(started, changed),
+            "stale": stale(read, changed),
         }

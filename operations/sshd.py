@@ -20,11 +20,14 @@ from facts.units import Units
 from operations import gate
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
 from operations.programs import LAUNCHER
-from operations.units import is_enabled, is_masked
+from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed, is_enabled, is_masked
 from quietport import sshd
 from quietport.errors import printable
 
-UNIT_DROP_IN_TEXT = (Path(__file__).parents[1] / "templates/ssh/ssh.service.conf").read_text()
+_TEMPLATES = Path(__file__).parents[1] / "templates/ssh"
+UNIT_DROP_IN_TEXT = (_TEMPLATES / "ssh.service.conf").read_text()
+FOLLOWER = "quietport-sshd-follow.service"
+FOLLOWER_FILES = {f"{UNIT_FOLDER}/{FOLLOWER}": (_TEMPLATES / FOLLOWER).read_text()}
 # Nobody's addresses, one of the tailnet's range and one of the documentation's (RFC 5737).
 ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 # Lines of others' files that a sentence names; `--diff` shows them all.
@@ -148,6 +151,23 @@ def _look(login_user: str) -> Seen:
         stale=bool(host.get_fact(SshdProcess)["stale"]),
         effective=tuple(host.get_fact(SshdEffective, user=login_user, addr=addr) for addr in ASKED_FROM),
     )
+
+
+@operation()
+def followed() -> Commands:
+    """A service keeps sshd on the addresses of tailscale0. It leaves an sshd that is not ours yet alone."""
+    changed = False
+    for command in files_if_needed(FOLLOWER_FILES):
+        changed = True
+        yield command
+    if changed:
+        # One that runs has the old unit's limits. A new program it notices by itself.
+        yield program("systemctl", "try-restart", FOLLOWER)
+    for command in enable_if_needed(FOLLOWER):
+        changed = True
+        yield command
+    if not changed:
+        host.noop(f"{FOLLOWER} follows the addresses")
 
 
 @operation()

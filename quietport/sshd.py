@@ -24,6 +24,8 @@ UNIT = "ssh.service"
 UNIT_DROP_IN = "/etc/systemd/system/ssh.service.d/10-quietport.conf"
 PORT = 22
 
+# The first words of the drop-in.
+OURS = "# Written by quietport"
 WAS = "# quietport: was: "
 ADDED = "# quietport: added: "
 _INCLUDE_OURS = f"Include {DROP_IN}"
@@ -282,10 +284,10 @@ def render(
     `penalties`: this sshd knows PerSourcePenalties (OpenSSH 9.8 and newer), which blocks a source after a few
     failed logins; the tailnet is exempt, or one bad key locks the operator out for minutes.
     """
-    listen = "\n".join(f"ListenAddress {endpoint(listener)}" for listener in wanted_listeners(addresses))
+    listen = "\n".join(_listen_lines(addresses))
     exempt = f"PerSourcePenaltyExemptList {','.join(map(str, TAILNET_RANGES))}\n" if penalties else ""
     return (
-        "# Written by quietport; `quietport` replaces it. sshd answers the tailnet alone, to keys alone.\n"
+        f"{OURS}; `quietport` replaces it. sshd answers the tailnet alone, to keys alone.\n"
         "AddressFamily any\n"
         f"Port {PORT}\n"
         f"{listen}\n"
@@ -297,6 +299,42 @@ def render(
         "UsePAM yes\n"
         f"{exempt}"
     )
+
+
+def _listen_lines(addresses: Iterable[str]) -> list[str]:
+    return [f"ListenAddress {endpoint(listener)}" for listener in wanted_listeners(addresses)]
+
+
+def listen_addresses(text: str) -> list[str]:
+    """The addresses in the ListenAddress lines of a file, without their ports, as sshd takes them.
+
+    Raises ValueError for a line that holds no address: a name, or one of the short forms of 0.0.0.0.
+    """
+    found = []
+    for line in parse(DROP_IN, text):
+        if line.keyword == "listenaddress":
+            value = line.args[0] if line.args else ""
+            bracketed = re.match(r"^\[([^\]]*)\](:\d+)?$", value)
+            host = bracketed[1] if bracketed else value if value.count(":") > 1 else value.partition(":")[0]
+            found.append(str(ipaddress.ip_address(host)))
+    return found
+
+
+def with_addresses(text: str, addresses: Iterable[str]) -> str:
+    """The drop-in `text` with the ListenAddress lines that `render` writes for `addresses`, the rest as is.
+
+    Never without such a line, which would mean every address. For a text of `render` it is what `render`
+    makes of the other addresses, byte for byte.
+    """
+    lines = text.split("\n")
+    parsed = parse(DROP_IN, text)
+    old = {line.index for line in parsed if line.keyword == "listenaddress"}
+    # Where the first one stood; else behind our Port line, or the first line of all.
+    ports = [line.index for line in parsed if line.keyword == "port" and not line.scope]
+    at = min(old, default=(ports[0] if ports else 0) + 1)
+    before = [line for index, line in enumerate(lines[:at]) if index not in old]
+    after = [line for index, line in enumerate(lines[at:], start=at) if index not in old]
+    return "\n".join([*before, *_listen_lines(addresses), *after])
 
 
 def parse_effective(text: str) -> dict[str, list[str]]:

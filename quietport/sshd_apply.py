@@ -25,7 +25,7 @@ import sys
 import syslog
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -202,7 +202,9 @@ class Host:
         try:
             with os.fdopen(fd, "wb") as stream:
                 stream.write(saved.data)
-                if os.geteuid() == 0:
+                made = os.fstat(fd)
+                # Not even asked for in vain: the follower's unit may not chown.
+                if os.geteuid() == 0 and (made.st_uid, made.st_gid) != (saved.uid, saved.gid):
                     os.fchown(fd, saved.uid, saved.gid)
                 os.fchmod(fd, saved.mode)
                 stream.flush()
@@ -283,6 +285,36 @@ def login_users(passwd: Sequence[pwd.struct_passwd] | None = None) -> list[str]:
     return [entry.pw_name for entry in entries if Path(entry.pw_shell or "/bin/sh").name not in _NO_LOGIN]
 
 
+@contextmanager
+def candidate(host: Host, changes: Mapping[str, str | None]) -> Iterator[Path]:
+    """The configuration as it will be with `changes` (path = text, None: no such file), to ask sshd about.
+
+    Yields its main file, in a private directory, with Include lines that stay inside it.
+    """
+    host.path("/run").mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="quietport-sshd.", dir=host.path("/run")))
+    try:
+        parts = folder / "sshd_config.d"
+        parts.mkdir(mode=0o700)
+        texts: dict[str, str] = {}
+        with suppress(FileNotFoundError):
+            for file in sorted(host.path(sshd.FOLDER).glob("*.conf")):
+                texts[f"{sshd.FOLDER}/{file.name}"] = file.read_text(errors="surrogateescape")
+        with suppress(FileNotFoundError):
+            texts[sshd.MAIN] = host.path(sshd.MAIN).read_text(errors="surrogateescape")
+        for path, text in changes.items():
+            if text is None:
+                texts.pop(path, None)
+            elif not path.startswith(_UNIT_FOLDER):
+                texts[path] = text
+        for path, text in texts.items():
+            place = folder / "sshd_config" if path == sshd.MAIN else parts / Path(path).name
+            place.write_text(sshd.redirect_includes(text, str(parts)), errors="surrogateescape")
+        yield folder / "sshd_config"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Apply:
     """One plan on one host."""
 
@@ -348,7 +380,7 @@ class Apply:
                 raise Failed(f"{path} is not what it was when this was planned (or is not UTF-8). Run again")
 
     def _check_candidate(self) -> None:
-        with self._candidate() as main:
+        with candidate(self.host, {path: text for path, (_, text) in self.plan.files.items()}) as main:
             done = self.host.sshd("-t", "-f", str(main))
             if done.returncode != 0:
                 # The candidate is a copy: the reader has to look at the file it is a copy of.
@@ -364,32 +396,6 @@ class Apply:
                     " SSHD_OPTS in /etc/default/ssh"
                 )
             self._check_policy("the candidate", "-f", str(main))
-
-    @contextmanager
-    def _candidate(self) -> Iterator[Path]:
-        """The configuration as it will be, in a private directory, with Include lines that stay inside it."""
-        self.host.path("/run").mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="quietport-sshd.", dir=self.host.path("/run")))
-        try:
-            parts = folder / "sshd_config.d"
-            parts.mkdir(mode=0o700)
-            texts: dict[str, str] = {}
-            with suppress(FileNotFoundError):
-                for file in sorted(self.host.path(sshd.FOLDER).glob("*.conf")):
-                    texts[f"{sshd.FOLDER}/{file.name}"] = file.read_text(errors="surrogateescape")
-            with suppress(FileNotFoundError):
-                texts[sshd.MAIN] = self.host.path(sshd.MAIN).read_text(errors="surrogateescape")
-            for path, (_, text) in self.plan.files.items():
-                if text is None:
-                    texts.pop(path, None)
-                elif not path.startswith(_UNIT_FOLDER):
-                    texts[path] = text
-            for path, text in texts.items():
-                place = folder / "sshd_config" if path == sshd.MAIN else parts / Path(path).name
-                place.write_text(sshd.redirect_includes(text, str(parts)), errors="surrogateescape")
-            yield folder / "sshd_config"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _seen(self, user: str, source: str) -> tuple[str, str]:
         same_family = [address for address, _ in self.plan.listeners if (":" in address) == (":" in source)]

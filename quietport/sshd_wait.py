@@ -3,21 +3,29 @@
 sshd exits 255 when it can bind none of its addresses, and RestartPreventExitStatus=255 in Debian's
 ssh.service then keeps it down for good: after a boot on which the tailnet comes up later than sshd, the
 operator is locked out (tailscale#3340, and seen in the lab). Run as ExecStartPre= of ssh.service.
+
+Those addresses are the ones that tailscale0 has today: where our drop-in names others, it is brought up to
+date first, as `quietport sshd-follow` does it while sshd runs. So every start of sshd is one on the addresses
+of that moment, also when the follower is dead.
 """
 
 from __future__ import annotations
 
 import argparse
+import enum
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from quietport import sshd_follow
 from quietport.commands import output_of
-from quietport.errors import FINE, PROBLEM, HostProgramError
+from quietport.errors import FINE, PROBLEM, HostProgramError, printable
 from quietport.hostfile import host_settings
-from quietport.net import parse_address
+from quietport.net import TAILNET_INTERFACE, parse_address
+from quietport.rtnetlink import addresses_on
+from quietport.sshd_apply import Host
 
 SSHD = "/usr/sbin/sshd"
 POLL_S = 0.25
@@ -80,22 +88,92 @@ def split_wildcards(wanted: list[Wanted]) -> tuple[list[Wanted], list[Wanted]]:
     return wildcards, awaited
 
 
+class Step(enum.Enum):
+    """What came of an attempt to bring the drop-in up to date."""
+
+    DONE = "it is up to date, or left alone"
+    WAIT = "it will have to change"
+    CHANGED = "it was changed"
+
+
+class CatchUp:
+    """Brings the drop-in up to date while sshd is held back."""
+
+    def __init__(
+        self,
+        host: Host,
+        *,
+        say: Callable[[str], None] = lambda sentence: None,
+        hold: sshd_follow.Hold = sshd_follow.hold,
+        addresses: Callable[[], tuple[str, ...]] = lambda: addresses_on(TAILNET_INTERFACE),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._host = host
+        self._say = say
+        self._hold = hold
+        self._addresses = addresses
+        self._clock = clock
+        self._steady = sshd_follow.Steadiness()
+        self._given_up: sshd_follow.Seen | None = None
+
+    def __call__(self, *, last: bool) -> Step:
+        """One attempt. `last`: it is now or never; so long an absence of any address is believed then."""
+        try:
+            seen = sshd_follow.look(self._host, self._addresses())
+            if seen.decision.text is None or seen == self._given_up:
+                return Step.DONE
+            if not last and self._steady.wait(seen.addresses, self._clock()) > 0:
+                # With no address at all sshd is held back by the addresses it has, not by us.
+                return Step.WAIT if seen.addresses else Step.DONE
+            # Tried, never waited for: who holds the lock may be the one who is starting sshd.
+            with self._hold(0):
+                return self._place(seen)
+        except HostProgramError:
+            return Step.DONE
+
+    def _place(self, seen: sshd_follow.Seen) -> Step:
+        if sshd_follow.look(self._host, self._addresses()) != seen:
+            return Step.WAIT
+        try:
+            sshd_follow.place(self._host, seen.decision)
+        except HostProgramError as error:
+            self._given_up = seen
+            self._say(str(error))
+            return Step.DONE
+        self._say(seen.decision.sentence)
+        return Step.CHANGED
+
+
+def nothing_to_do(*, last: bool) -> Step:
+    """For a configuration that is not the usual one."""
+    return Step.DONE
+
+
 def wait_for(
-    wanted: list[Wanted],
+    read: Callable[[], list[Wanted]],
     *,
     timeout: float,
+    catch_up: Callable[..., Step] = nothing_to_do,
     there: Callable[[Wanted], bool] = bindable,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> list[Wanted]:
-    """Wait up to `timeout` seconds for all of `wanted`; returns those that are still missing."""
+) -> tuple[list[Wanted], list[Wanted]]:
+    """Wait up to `timeout` seconds for all addresses that `read` tells; returns them and the missing ones.
+
+    They are read again when `catch_up` has changed the drop-in.
+    """
     deadline = clock() + timeout
-    missing = [one for one in wanted if not there(one)]
-    while missing and clock() < deadline:
+    awaited = read()
+    while True:
+        last = clock() >= deadline
+        step = catch_up(last=last)
+        if step is Step.CHANGED:
+            awaited = read()
+        # All of them each time: one may have gone again while we waited for another.
+        missing = [one for one in awaited if not there(one)]
+        if last or (not missing and step is not Step.WAIT):
+            return awaited, missing
         sleep(POLL_S)
-        missing = [one for one in missing if not there(one)]
-    # One may have gone again while we waited for another.
-    return [one for one in wanted if not there(one)]
 
 
 def decide(awaited: list[Wanted], missing: list[Wanted], *, timeout: float) -> tuple[int, str]:
@@ -120,7 +198,7 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     config = ["-f", str(options.config)] if options.config else []
-    wildcards, awaited = split_wildcards(parse_listen_addresses(output_of([SSHD, "-T", *config])))
+    wildcards, _ = _read(config)
     if wildcards and host_settings().get(PUBLIC_KEY) is not True:
         print(
             f"quietport sshd-wait: sshd would listen on every address ({wildcards[0].shown}), the public one "
@@ -128,7 +206,17 @@ def main(argv: list[str]) -> int:
             "/etc/ssh/sshd_config.d/00-quietport.conf, and no wildcard anywhere."
         )
         return PROBLEM
-    code, sentence = decide(awaited, wait_for(awaited, timeout=options.timeout), timeout=options.timeout)
+    catch_up = nothing_to_do if config else CatchUp(Host(), say=_say)
+    awaited, missing = wait_for(lambda: _read(config)[1], timeout=options.timeout, catch_up=catch_up)
+    code, sentence = decide(awaited, missing, timeout=options.timeout)
     if sentence:
-        print(f"quietport sshd-wait: {sentence}")
+        _say(sentence)
     return code
+
+
+def _read(config: list[str]) -> tuple[list[Wanted], list[Wanted]]:
+    return split_wildcards(parse_listen_addresses(output_of([SSHD, "-T", *config])))
+
+
+def _say(sentence: str) -> None:
+    print(f"quietport sshd-wait: {printable(sentence)}", flush=True)

@@ -68,8 +68,8 @@ class Clock:
 )
 def test_waiting(appear: dict[Wanted, float], missing: list[Wanted], waited: float) -> None:
     clock = Clock()
-    found = wait_for(
-        [TAILNET, TAILNET6],
+    _, found = wait_for(
+        lambda: [TAILNET, TAILNET6],
         timeout=60,
         there=lambda one: clock.now >= appear[one],
         clock=clock,
@@ -81,8 +81,12 @@ def test_waiting(appear: dict[Wanted, float], missing: list[Wanted], waited: flo
 def test_an_address_that_went_again_is_missing() -> None:
     clock = Clock()
     there = {TAILNET: lambda: clock.now < 1, TAILNET6: lambda: clock.now >= 2}
-    found = wait_for(
-        [TAILNET, TAILNET6], timeout=60, there=lambda one: there[one](), clock=clock, sleep=clock.sleep
+    _, found = wait_for(
+        lambda: [TAILNET, TAILNET6],
+        timeout=60,
+        there=lambda one: there[one](),
+        clock=clock,
+        sleep=clock.sleep,
     )
     assert found == [TAILNET]
 
