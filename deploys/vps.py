@@ -11,6 +11,7 @@ from pyinfra.context import host
 from control.settings import settings_for
 from deploys.docker import docker
 from deploys.firewall import firewall
+from deploys.guard import guard
 from deploys.packages import packages
 from deploys.preflight import preflight
 from deploys.programs import programs
@@ -26,6 +27,7 @@ preflight(settings=settings)
 packages(settings=settings)
 users(settings=settings)
 programs(settings=settings)
+guard(settings=settings)
 docker(settings=settings)
 tailscale(settings=settings)
 secrets(settings=settings)

@@ -93,6 +93,17 @@ def unit_files(files: dict[str, str]) -> Commands:
     yield from _or_noop(files_if_needed(files), f"{', '.join(sorted(files))} as wanted")
 
 
+@operation()
+def at_boot(unit: str, text: str) -> Commands:
+    """The unit file of ours is there as `text`, systemd has read it, and it starts at boot; not now."""
+    yield from _or_noop(_at_boot(unit, text), f"{unit} waits for a boot")
+
+
+def _at_boot(unit: str, text: str) -> Commands:
+    yield from files_if_needed({f"{UNIT_FOLDER}/{unit}": text})
+    yield from enable_if_needed(unit, running=False)
+
+
 def _or_noop(commands: Commands, converged: str) -> Commands:
     changed = False
     for command in commands:

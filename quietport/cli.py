@@ -18,6 +18,7 @@ PROGRAMS = {
     "sshd-wait": ("quietport.sshd_wait", "wait until the addresses sshd shall listen on are there"),
     "sshd-apply": ("quietport.sshd_apply", "apply a plan for sshd, or put everything back"),
     "sshd-follow": ("quietport.sshd_follow", "keep sshd on the addresses of the tailnet"),
+    "guard": ("quietport.guard.cli", "undo a change that can lock you out, unless it is confirmed"),
     "docker-user": ("quietport.docker_user", "keep the public side away from containers"),
 }
 
