@@ -236,7 +236,7 @@ class Follower:
         self._seen = None
         try:
             self._seen = look(self._host, self._addresses())
-            return self._judge(self._seen, self._clock())
+            return min(LOOK_S, self._judge(self._seen, self._clock()))
         except HostProgramError as error:
             return self._failed(self._seen, str(error))
 
@@ -369,7 +369,7 @@ def watch(follower: Follower, *, say: Callable[[str], None]) -> int:
     program = _identity()
     changes = Changes()
     while True:
-        pause = min(follower.look(), LOOK_S)
+        pause = follower.look()
         if _identity() != program:
             say("The program was replaced: starting anew.")
             return FINE

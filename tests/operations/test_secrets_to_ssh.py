@@ -19,7 +19,8 @@ from pyinfra.context import ctx_host, ctx_state
 from pyinfra_testing.util import FakeState, create_host
 
 from control.secret import Secret
-from operations import files, gate, secret, sshd, timers, ufw
+from control.settings import HostSettings
+from operations import files, gate, guard, secret, sshd, timers, ufw
 from quietport import sshd as pure
 from tests.operations import fixtures
 from tests.operations.fixtures import digest, scalar
@@ -55,6 +56,12 @@ def _sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUIETPORT_TEST_SECRET", "a secret\n")
     monkeypatch.delenv("QUIETPORT_TEST_ABSENT", raising=False)
     secret.resolved.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operator declared of the host: nothing but its address."""
+    monkeypatch.setattr(gate, "settings_for", lambda name: HostSettings(address="192.0.2.1"))
 
 
 globals().update(fixtures.tests_of(MODULES))
@@ -162,6 +169,45 @@ def commands(facts: dict[str, Any]) -> list[Any]:
         return list(sshd.tailnet_only._inner(login_user="admin", users=["root", "admin"]))
 
 
+@pytest.mark.parametrize(
+    ("sha256", "state", "expected"),
+    [
+        ("as wanted", {"enabled": "enabled", "active": "active"}, []),
+        ("as wanted", {"enabled": "enabled", "active": "inactive"}, ["systemctl start"]),
+        ("as wanted", {"enabled": "disabled", "active": "active"}, ["systemctl enable"]),
+        (
+            "older",
+            {"enabled": "enabled", "active": "active"},
+            ["install -d", "", "systemctl daemon-reload", "systemctl try-restart"],
+        ),
+        (
+            None,
+            {"enabled": "", "active": "inactive"},
+            [
+                *("install -d", "", "systemctl daemon-reload", "systemctl try-restart"),
+                *("systemctl enable", "systemctl start"),
+            ],
+        ),
+    ],
+)
+def test_the_follower(sha256: str | None, state: dict[str, str], expected: list[str]) -> None:
+    ((path, text),) = sshd.FOLLOWER_FILES.items()
+    found = {"kind": "absent"}
+    if sha256 is not None:
+        wanted = digest(text if sha256 == "as wanted" else "older")
+        found = {"kind": "file", "mode": "0644", "user": "root", "group": "root", "sha256": wanted}
+    facts = {
+        "files.FileState": {f"path={path}": found},
+        "files.FileText": {f"path={path}": "older"},
+        "units.Units": {f"names=['{sshd.FOLLOWER}']": {sshd.FOLLOWER: {**state, "need_reload": False}}},
+    }
+    made = FakeState()
+    with ctx_state.use(made), ctx_host.use(create_host(made, facts=facts)):
+        told = [str(command) for command in sshd.followed._inner()]
+    assert len(told) == len(expected)
+    assert all(line.startswith(beginning) for line, beginning in zip(told, expected, strict=True))
+
+
 def test_sshd_as_wanted() -> None:
     assert commands(converged()) == []
 
@@ -206,9 +252,11 @@ def _spoil(facts: dict[str, Any], what: str) -> None:
 def test_sshd_otherwise_than_wanted_passes_the_gate_and_is_applied_whole(what: str) -> None:
     facts = converged()
     _spoil(facts, what)
-    first, second = commands(facts)
+    first, arm, second = commands(facts)
     assert isinstance(first, FunctionCommand)
     assert first.function is gate._pass_gate
+    assert isinstance(arm, FunctionCommand)
+    assert (arm.function, arm.args) == (guard.arm, (120,))
     assert str(second) == "/usr/local/sbin/quietport sshd-apply"
     assert second.connector_arguments["_timeout"] == gate.RISKY_TIMEOUT_S
     plan = json.loads(second.connector_arguments["_stdin"])
@@ -278,5 +326,5 @@ def test_the_penalties_are_named_where_sshd_has_them() -> None:
     facts = converged()
     known = KEYS_ONLY | {"persourcepenalties": ["crash:90"]}
     facts["sshd.SshdEffective"] = dict.fromkeys(facts["sshd.SshdEffective"], known)
-    plan = json.loads(commands(facts)[1].connector_arguments["_stdin"])
+    plan = json.loads(commands(facts)[2].connector_arguments["_stdin"])
     assert "PerSourcePenaltyExemptList" in plan["files"][pure.DROP_IN]["text"]

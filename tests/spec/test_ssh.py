@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from facts.sockets import ListeningSockets
 from facts.sshd import SshdEffective, SshdFiles, SshdProcess
 from facts.tailnet import Tailnet
 from facts.units import Units
-from quietport.sshd import DROP_IN, SOCKETS
+from quietport.sshd import DROP_IN, SOCKETS, with_addresses
 from tests.spec.reading import Reading
+from tests.spec.test_timers import MOST_EXPOSED
 
 # A tailnet address and a public one (RFC 5737) that are nobody's: Match blocks may treat them differently.
 ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 LOGIN_TIMEOUT_S = 60
+FOLLOWER = "quietport-sshd-follow.service"
 
 
 def login(to: Route, key: Path | None, *options: str) -> subprocess.CompletedProcess[str]:
@@ -106,6 +109,20 @@ def test_the_service_waits_for_the_tailnet(reading: Reading) -> None:
     unit = reading.text("systemctl cat -- ssh.service")
     assert "quietport sshd-wait" in unit
     assert "tailscaled.service" in reading.text("systemctl show --value -p After -- ssh.service").split()
+
+
+def test_the_addresses_are_followed(reading: Reading) -> None:
+    unit = reading.fact(Units, [FOLLOWER])[FOLLOWER]
+    assert (unit["active"], unit["enabled"], unit["need_reload"]) == ("active", "enabled", False)
+    verdict = reading.text("systemd-analyze security --no-pager %s", FOLLOWER)
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", verdict)
+    assert found, verdict[-200:]
+    assert float(found.group(1)) <= MOST_EXPOSED
+
+
+def test_the_follower_would_write_what_is_there(reading: Reading) -> None:
+    text = reading.fact(SshdFiles)[DROP_IN]
+    assert with_addresses(text, reading.fact(Tailnet)["addresses"]) == text
 
 
 def test_sockets_cannot_start_it(reading: Reading) -> None:

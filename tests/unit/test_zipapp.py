@@ -70,7 +70,9 @@ def test_a_directory_that_is_not_the_package_is_refused(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-@pytest.mark.parametrize("program", ["ports", "report", "sshd-wait", "sshd-apply", "sshd-follow", "docker-user"])
+@pytest.mark.parametrize(
+    "program", ["ports", "report", "sshd-wait", "sshd-apply", "sshd-follow", "docker-user"]
+)
 def test_every_program_runs_from_it_in_isolation(program: str, tmp_path: Path) -> None:
     """`python3 -I` in an empty directory: a module outside the standard library would not be found."""
     file = tmp_path / "quietport.pyz"
