@@ -205,6 +205,7 @@ class Follower:
         host: sshd_apply.Host,
         *,
         say: Callable[[str], None],
+        quiet: bool = False,
         addresses: Callable[[], tuple[str, ...]] = lambda: addresses_on(TAILNET_INTERFACE),
         hold: Hold = hold,
         clock: Callable[[], float] = time.monotonic,
@@ -212,6 +213,8 @@ class Follower:
     ) -> None:
         self._host = host
         self._out = say
+        # Nothing is said while there is nothing to do: a timer would say it every time.
+        self._quiet = quiet
         self._addresses = addresses
         self._hold = hold
         self._clock = clock
@@ -246,7 +249,7 @@ class Follower:
             self._retry_s = self._not_before = 0.0
             self._failed_at = None
         if seen.decision.text is None:
-            if self._retry_s == 0:
+            if self._retry_s == 0 and not self._quiet:
                 self._say(seen.decision.sentence)
             if seen.decision.listeners is None:
                 self.content = True
@@ -413,7 +416,7 @@ def main(argv: list[str]) -> int:
     if os.geteuid() != 0:
         print("quietport sshd-follow: only root can do this.", file=sys.stderr)
         return USAGE
-    follower = Follower(sshd_apply.Host(), say=_say)
+    follower = Follower(sshd_apply.Host(), say=_say, quiet=options.once and not sys.stdout.isatty())
     return watch(follower, say=_say) if options.watch else once(follower)
 
 

@@ -743,7 +743,7 @@ def test_once_with_sshd_dead_and_another_address(real: Real) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert real.listens() == ENDS_NEW
     again = real.quietport("sshd-follow", "--once")
-    assert (again.returncode, again.stdout.count("\n")) == (0, 1)
+    assert (again.returncode, again.stdout) == (0, "")
 
 
 @needs_namespaces
