@@ -192,11 +192,12 @@ class Restorer:
         for path in (path for path in back if not _of_sshd(path)):
             self._try(path, self._put_back)
         for directory in sorted(self._touched):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                try:
-                    sync_directory(directory)
-                except OSError as error:
-                    self.problems.append(f"{directory} cannot be synced: {error.strerror}")
+            try:
+                sync_directory(directory)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # removed since; its parent is among them
+            except OSError as error:
+                self.problems.append(f"{directory} cannot be synced: {error.strerror}")
 
     def _try(self, path: str, action: Callable[[str], str]) -> None:
         try:

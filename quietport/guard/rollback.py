@@ -6,12 +6,13 @@ established connections pass throughout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from quietport import sshd
 from quietport.errors import HostProgramError
 from quietport.guard import arming, files, firewall, holders, scope, state, tailnet
+from quietport.guard.files import Entry
 from quietport.guard.machine import GuardError, Log, Machine
 from quietport.guard.scope import Observed, Unit
 from quietport.guard.state import Armed
@@ -19,6 +20,7 @@ from quietport.guard.state import Armed
 LISTEN_S = 20.0
 SETTLE_S = 1.0
 _TRIES = 2
+_OF_SSHD = ("/etc/ssh/", f"{scope.UNIT_FOLDER}/ssh")
 
 
 def roll_back(machine: Machine, token: str | None, *, why: str, log: Log) -> bool | None:
@@ -92,6 +94,10 @@ def restore_files(machine: Machine, token: str, old: Observed, say: Callable[[st
     return restorer
 
 
+def _same(old: Mapping[str, Entry], now: Mapping[str, Entry], path: str) -> bool:
+    return path in old and old[path].same_as(now.get(path))
+
+
 class Undo:
     """One rollback of one guard. Every step looks first; one that fails keeps no other from its work."""
 
@@ -101,7 +107,8 @@ class Undo:
         self.old = old
         self.say = log.say
         self.problems: list[str] = []
-        self.changed: list[str] = []
+        self.unseen: list[str] = []
+        self.restart_due = machine.path(f"/run/quietport/guard-{armed.token}.restart-sshd")
 
     def run(self) -> list[str]:
         """Do all of it; what is not as before in the end, a phrase each."""
@@ -114,18 +121,30 @@ class Undo:
         self._try("ufw.service", self._ufw_service)
         self._try("tailscale", self._preferences)
         left = self._compare()
-        # What went wrong on the way counts only when the end is not as it should be, or cannot be seen.
-        return [*self.problems, *left] if left else []
+        if left or self.unseen:
+            return [*self.problems, *self.unseen, *left]
+        # What went wrong on the way, and is as it was in the end all the same.
+        for problem in self.problems:
+            self.say(f"on the way: {problem}")
+        self.restart_due.unlink(missing_ok=True)
+        return []
 
     def _try(self, what: str, step: Callable[[], None]) -> None:
         try:
             step()
         except (HostProgramError, OSError) as error:
-            self.problems.append(f"{what}: {error}")
+            # Which files sshd and systemd have read, no comparison tells.
+            kept = self.unseen if what in ("sshd", "systemd") else self.problems
+            kept.append(f"{what}: {error}")
 
     def _files(self) -> None:
+        now = scope.look_at_files(self.machine)
+        different = [path for path in {*now, *self.old.files} if not _same(self.old.files, now, path)]
+        if any(path.startswith(_OF_SSHD) for path in different):
+            # Not to be forgotten by the attempt after this one, which finds the files in order.
+            self.restart_due.parent.mkdir(mode=0o700, exist_ok=True)
+            self.restart_due.touch()
         restorer = restore_files(self.machine, self.armed.token, self.old, self.say)
-        self.changed = restorer.changed
         self.problems += restorer.problems
 
     def _sshd(self) -> None:
@@ -164,8 +183,7 @@ class Undo:
 
     def _is_touched(self, process: str) -> bool:
         """Whether sshd may run with other files than the old ones."""
-        of_sshd = ("/etc/ssh/", f"{scope.UNIT_FOLDER}/ssh", f"{scope.UNIT_FOLDER}/sshd")
-        if any(path.startswith(of_sshd) for path in self.changed):
+        if self.restart_due.exists():
             return True
         # After a boot it is another process in any case, and one that began with the files of now.
         return self.armed.boot == self.machine.boot() and process != self.old.sshd_process
@@ -187,6 +205,7 @@ class Undo:
             self.machine.systemctl(verb, unit)
             self.say(f"systemctl {verb} {unit}")
         except GuardError as error:
+            # Whether it runs, the comparison tells.
             self.problems.append(str(error))
 
     def _listens(self) -> bool:
