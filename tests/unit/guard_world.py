@@ -169,7 +169,7 @@ class World:
                 self.active.add(name)
                 if name == sshd.UNIT:
                     self.start_sshd()
-        if any(name.endswith(".socket") for name in names):
+        if verb in ("start", "stop") and any(name.endswith(".socket") for name in names):
             self._listen()
         return ""
 
