@@ -34,14 +34,11 @@ def arm(machine: Machine, *, timeout: int, by: str, confirm_over: str, program: 
     `program` is the zipapp that the rollback runs a copy of, by default the one that runs.
     """
     _require_systemd(machine)
+    # Before the lock too: a command of the other guard may hold that for long.
+    _require_none_armed(machine)
     try:
         with guardlock.hold(timeout=_LOCK_S, path=machine.path(state.LOCK)):
-            already = state.read_armed(machine)
-            if already is not None:
-                raise GuardError(
-                    f"{already.sentence(machine)}. It must be confirmed or rolled back first "
-                    "(`quietport guard rollback`)."
-                )
+            _require_none_armed(machine)
             _require_boot_unit(machine)
             _require_sshd_starts(machine)
             return _arm(machine, timeout=timeout, by=by, confirm_over=confirm_over, program=program)
@@ -187,6 +184,15 @@ def _require_systemd(machine: Machine) -> None:
     # sd_booted(3).
     if not machine.path("/run/systemd/system").is_dir():
         raise GuardError("not armed: systemd does not run this host, and it is what would roll back.")
+
+
+def _require_none_armed(machine: Machine) -> None:
+    already = state.read_armed(machine)
+    if already is not None:
+        raise GuardError(
+            f"{already.sentence(machine)}. It must be confirmed or rolled back first "
+            "(`quietport guard rollback`)."
+        )
 
 
 def _require_boot_unit(machine: Machine) -> None:

@@ -163,7 +163,10 @@ def confirm(machine: Machine, token: str, *, pid: int | None = None) -> str:
                 state.write_history(machine, rollback.entry(armed, why=reason, how="confirmed", log=log))
             except GuardError as error:
                 to_journal(str(error))
-            state.remove_armed(machine)
+            try:
+                state.remove_armed(machine)
+            except OSError as error:
+                raise GuardError(f"{state.ARMED} cannot be removed: {error.strerror}.") from error
             arming.unschedule(machine, token)
             state.clear(machine)
     except GuardError as error:
@@ -313,7 +316,7 @@ def boot(machine: Machine, *, log: Log) -> int:
     armed = state.read_armed(machine)
     if armed is None:
         return FINE
-    if armed.boot == machine.boot() and arming.is_scheduled(machine, armed.token):
+    if armed.boot == machine.boot() and _is_scheduled(machine, armed):
         log.say(f"guard {armed.token} was armed in this boot, and its time has not come: left alone")
         return FINE
     log.say(f"guard {armed.token} was armed when the host went down: putting the old files back")
@@ -325,7 +328,7 @@ def boot(machine: Machine, *, log: Log) -> int:
     with holders.seized(machine, log.say):
         if not _is_armed(machine, armed):
             return FINE
-        machine.path(state.BALLAST).unlink(missing_ok=True)
+        state.drop_ballast(machine)
         try:
             old = arming.load(machine, armed.token)
             problems += rollback.restore_files(machine, armed.token, old, log.say).problems
@@ -338,6 +341,13 @@ def boot(machine: Machine, *, log: Log) -> int:
     for problem in problems:
         log.say(f"before sshd starts: {problem}")
     return PROBLEM if problems else FINE
+
+
+def _is_scheduled(machine: Machine, armed: Armed) -> bool:
+    try:
+        return arming.is_scheduled(machine, armed.token)
+    except GuardError:  # a systemd that does not answer is none to rely on
+        return False
 
 
 def _scope(machine: Machine, options: argparse.Namespace, _: list[str]) -> int:

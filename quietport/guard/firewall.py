@@ -128,8 +128,10 @@ def restore_text(old: Family, now: Family) -> str:
     lines += [f":{chain} - [0:0]" for chain in old.chains]
     lines += [f"-A {chain} {rule}" for chain, rules in old.chains.items() for rule in rules]
     for chain, rules in old.jumps.items():
-        missing = [rule for rule in rules if rule not in now.jumps.get(chain, ())]
-        lines += [f"-A {chain} {rule}" for rule in missing]
+        there = now.jumps.get(chain, ())
+        if there != rules:
+            # All of them anew: their order among each other counts.
+            lines += [f"-D {chain} {rule}" for rule in there] + [f"-A {chain} {rule}" for rule in rules]
     return "\n".join([*lines, "COMMIT", ""])
 
 

@@ -94,11 +94,11 @@ def seized(machine: Machine, say: Callable[[str], None]) -> Iterator[None]:
         for _ in range(3):
             if descriptor is not None:
                 break
-            at_work = holders(machine)
-            doomed = family(machine, at_work)
-            names = ", ".join(name_of(machine, pid) for pid in sorted(doomed)) or "nobody that can be found"
-            say(f"the lock is held after {PATIENCE_S:g} s; killing {names}")
-            kill(doomed)
+            # Nobody: it has ended by itself in this moment.
+            if doomed := family(machine, holders(machine)):
+                names = ", ".join(name_of(machine, pid) for pid in sorted(doomed))
+                say(f"the lock is held after {PATIENCE_S:g} s; killing {names}")
+                kill(doomed)
             descriptor = _take(machine, stack, _AFTER_KILL_S)
         if descriptor is None:
             say("the lock cannot be had; going on without it")

@@ -33,7 +33,7 @@ def roll_back(machine: Machine, token: str | None, *, why: str, log: Log) -> boo
         if armed is None or token not in (None, armed.token):
             return None
         log.say(f"rolling back guard {armed.token} ({why}), armed by {armed.by} since {armed.since}")
-        machine.path(state.BALLAST).unlink(missing_ok=True)
+        state.drop_ballast(machine)
         problems = _undo(machine, armed, log)
         for problem in problems:
             log.say(f"not as before: {problem}")
@@ -41,7 +41,11 @@ def roll_back(machine: Machine, token: str | None, *, why: str, log: Log) -> boo
         _remember(machine, armed, why=why, how="incomplete" if problems else "rolled back", log=log)
         if problems:
             return False
-        state.remove_armed(machine)
+        try:
+            state.remove_armed(machine)
+        except OSError as error:
+            log.say(f"it stays armed, {state.ARMED} cannot be removed: {error.strerror}")
+            return False
         arming.unschedule(machine, armed.token)
         state.clear(machine)
         return True

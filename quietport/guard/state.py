@@ -98,6 +98,12 @@ def remove_armed(machine: Machine) -> None:
     sync_directory(machine.path(FOLDER))
 
 
+def drop_ballast(machine: Machine) -> None:
+    """Make room for a rollback. Never raises: what keeps it from that does not keep it from the rest."""
+    with suppress(OSError):
+        machine.path(BALLAST).unlink()
+
+
 def clear(machine: Machine) -> None:
     """Take away what is of no use while nothing is armed. Never raises: the next arm clears too."""
     folder = machine.path(FOLDER)

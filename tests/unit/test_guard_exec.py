@@ -260,17 +260,25 @@ def test_a_rollback_at_work_is_not_killed_by_another(
         from quietport.guard.machine import Machine
         with holders.seized(Machine(root=Path({str(real.root)!r})), print):
             print("has it", flush=True)
-            time.sleep(2)
+            sys.stdin.read()
     """
-    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE)
+    other = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     children.append(other)
     assert other.stdout is not None
     assert other.stdout.readline() == b"has it\n"
     monkeypatch.setattr(holders, "PATIENCE_S", 0.2)
     said: list[str] = []
-    with holders.seized(real, said.append):
+
+    def say(line: str) -> None:
+        said.append(line)
+        assert other.stdin is not None
+        other.stdin.close()
+
+    with holders.seized(real, say):
         assert said == ["another rollback is at work; waiting for it"]
-        assert other.wait(10) == 0
+        assert other.wait(20) == 0
 
 
 def test_signals_are_handed_on(
