@@ -21,6 +21,7 @@ from pyinfra.connectors.ssh import SSHConnector
 from pyinfra.connectors.util import CommandOutput, OutputLine, make_unix_command
 from typing_extensions import override
 
+from control import guard
 from control.errors import QuietportError
 from control.lock import HostLock, fenced
 from control.reach import open_session
@@ -96,7 +97,12 @@ class QuietportConnector(SSHConnector):
 
     @override
     def disconnect(self) -> None:
-        """Give the lock back and close the connection."""
+        """See that what is not proven is undone, give the lock back, and close the connection."""
+        undone = guard.give_up(
+            self.host.name, self.session, say=lambda line: logger.info(f"{self.host.print_prefix}  {line}")
+        )
+        if undone is not None:
+            logger.error(f"{self.host.print_prefix}{self.host.name}: undone: {undone}")
         if self.lock is not None:
             self.lock.release()
             self.lock = None

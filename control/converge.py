@@ -35,6 +35,8 @@ INTERRUPTED = 130
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _OF_HOST = re.compile(r"\[(?P<name>[^\]\s]+)\]\s+(?:nested\s+)?(?P<text>.*)", re.DOTALL)
+# control/connector.py says it at the end, of what the host's guard put back.
+_UNDONE = "undone: "
 _REASON = re.compile(r"(?:refused|failed): ")
 
 
@@ -63,10 +65,12 @@ class Errors(logging.Handler):
     def reason(self, name: str) -> str:
         """The sentence that says most about why this host failed, or nothing."""
         texts = [text.removeprefix(f"{name}: ") for text in self.of.get(name, []) if text]
+        undone = [text.removeprefix(_UNDONE) for text in texts if text.startswith(_UNDONE)]
+        texts = [text for text in texts if not text.startswith(_UNDONE)]
         told = [text for text in texts if _REASON.match(text)]
         # pyinfra's own line after a failure names the count of its commands, and no reason.
         other = [text for text in texts if not text.startswith("Error: executed ")]
-        return (told or other or texts or [""])[-1]
+        return " ".join([*(told or other or texts or [""])[-1:], *(text.capitalize() for text in undone)])
 
 
 def outcomes(state: State, errors: Errors) -> list[Outcome]:

@@ -171,6 +171,14 @@ class HostSettings(BaseModel):
         description="Files with a secret: path on the host = source. "
         "Owned by root, mode 0600, directory 0700.",
     )
+    guard_timeout: int = Field(
+        120,
+        ge=10,
+        le=3600,
+        strict=True,
+        description="Seconds after which the host undoes a change of firewall or ssh by itself, unless a new "
+        "login has proven it.",
+    )
     prune_foreign: bool = Field(
         False,
         strict=True,

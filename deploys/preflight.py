@@ -17,7 +17,7 @@ from facts.docker import Docker
 from facts.sshd import SshdFiles
 from facts.system import System
 from facts.tailnet import Tailnet
-from operations import docker, lock, secret, tailnet
+from operations import docker, guard, lock, secret, tailnet
 from operations.apt import Repository
 from operations.common import Commands, operation, refuse
 from quietport.sshd import MAIN
@@ -114,4 +114,5 @@ def possible(settings: HostSettings) -> Commands:
 def preflight(settings: HostSettings) -> None:
     """Refuse before anything is changed."""
     lock.held(name="preflight: no other controller is at work on the host")
+    guard.none_left(name="preflight: no change of an earlier run waits for its confirmation")
     possible(name="preflight: the host can become what is declared", settings=settings)

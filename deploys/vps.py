@@ -1,7 +1,8 @@
 """What a host is, from top to bottom: `pyinfra inventory deploys/vps.py`.
 
 The order is the safety: what lets the operator in comes before what shuts the public side, and the last two
-steps pass the gate (operations/gate.py), which wants a login over the tailnet first.
+steps pass the gate (operations/gate.py), which wants a login over the tailnet first. What they change undoes
+itself unless another login proves it (operations/guard.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from deploys.guard import guard
 from deploys.packages import packages
 from deploys.preflight import preflight
 from deploys.programs import programs
+from deploys.proof import proof
 from deploys.secrets import secrets
 from deploys.ssh import follower, ssh
 from deploys.tailscale import tailscale
@@ -35,3 +37,4 @@ timers(settings=settings)
 follower(settings=settings)
 firewall(settings=settings)
 ssh(settings=settings)
+proof(settings=settings)

@@ -2,7 +2,8 @@
 
 A risky step is run only when a new SSH connection through the tailnet, keys only and accepted by sshd itself,
 has just succeeded; that connection then carries the rest of the run, so that closing the public side cannot
-cut it. `fenced` is the one place every risky command passes through.
+cut it. Then the host's guard is armed (operations/guard.py), and every risky command runs under it: what is
+not proven over another new login afterwards undoes itself. `fenced` is the one place they all pass.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from control.errors import QuietportError
 from control.proof import prove
 from control.settings import settings_for
 from facts.tailnet import Tailnet
-from operations import tailnet
+from operations import guard, tailnet
 from operations.common import Commands, one_host_at_most
 
 # A proof is believed that long: the steps of one run follow each other closely, and none of them is free.
 PROOF_LASTS_S = 60
 # None of the steps takes long; one that does is stuck, and better known soon.
 RISKY_TIMEOUT_S = 120
+# What the proof of a change may take after its last command.
+PROOF_TIME_S = 60
 
 _proved: dict[str, float] = {}
 
@@ -41,25 +44,41 @@ class Refusal:
 
 
 def risky(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
-    """Yield the proof, then `commands`, each with a time limit. The host fails when the proof does."""
-    yield FunctionCommand(_pass_gate, (), {})
-    for command in commands:
-        yield fenced(command)
+    """Yield the proof, the arming, then `commands`, each with a time limit. The host fails when one does.
+
+    A part of the run's last transaction, which `operations.proven.stays` ends.
+    """
+    guard.will_be_armed(host.name)
+    yield from _guarded(host, commands)
 
 
 def risky_if_tailnet(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
-    """As `risky` on a host that is reached over the tailnet already; else `commands` as they are."""
+    """As `risky` on a host that is reached over the tailnet already; else `commands` as they are.
+
+    A transaction of its own, proven at once, whose time is long enough for its longest command: an upgrade of
+    a package that is broken off half-way leaves more to mend than it could harm.
+    """
     if reached_by(host) == "tailnet":
-        yield from risky(host, commands)
+        commands = list(commands)
+        limits = [command.connector_arguments.get("_timeout", 0) for command in commands]
+        yield from _guarded(host, commands, timeout_s=max(limits, default=0) + PROOF_TIME_S)
+        yield FunctionCommand(guard.proven, (), {})
     else:
         yield from commands
 
 
-def fenced(command: PyinfraCommand) -> PyinfraCommand:
-    """`command` with the limits a risky command runs under."""
+def _guarded(host: Host, commands: Iterable[PyinfraCommand], *, timeout_s: int = 0) -> Commands:
+    yield FunctionCommand(_pass_gate, (), {})
+    yield FunctionCommand(guard.arm, (max(timeout_s, settings_for(host.name).guard_timeout),), {})
+    for command in commands:
+        yield fenced(host, command)
+
+
+def fenced(host: Host, command: PyinfraCommand) -> PyinfraCommand:
+    """`command` as a risky one runs: with a time limit, and by the guard while it is armed."""
     arguments: Any = command.connector_arguments
     arguments.setdefault("_timeout", RISKY_TIMEOUT_S)
-    return command
+    return guard.fenced(host, command)
 
 
 def reached_by(host: Host) -> str:

@@ -170,6 +170,12 @@ def followed() -> Commands:
         host.noop(f"{FOLLOWER} follows the addresses")
 
 
+def not_as_wanted(login_user: str) -> list[str]:
+    """What is wrong with sshd on this host now, as phrases; empty when it is as `tailnet_only` leaves it."""
+    seen = _look(login_user)
+    return differences(seen, wanted(seen, login_user=login_user))
+
+
 @operation()
 def tailnet_only(login_user: str, users: list[str]) -> Commands:
     """sshd listens on every tailnet address and nowhere else, and takes keys alone, from everyone.

@@ -222,6 +222,13 @@ def _work(*, prune_foreign: bool) -> list[PyinfraCommand]:
     return _commands(firewall, ipv6=ipv6, at_boot=at_boot, prune_foreign=prune_foreign)
 
 
+def not_as_wanted(*, prune_foreign: bool = False) -> list[str]:
+    """What is wrong with the firewall now, as phrases; empty when it is as `exactly` leaves it."""
+    if not host.get_fact(Ufw)["active"]:
+        return ["the firewall is not active"]
+    return ["the firewall's rules are not as wanted"] if _work(prune_foreign=prune_foreign) else []
+
+
 @operation()
 def exactly(prune_foreign: bool = False) -> Commands:
     """ufw is active, also after a boot, with our defaults and rules; foreign rules go with `prune_foreign`.

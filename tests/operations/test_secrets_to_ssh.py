@@ -319,7 +319,7 @@ def test_a_blank_host_is_a_change_too() -> None:
     facts = converged()
     facts["tailnet.Tailnet"] = {"addresses": []}
     facts["sshd.SshdFiles"] = {pure.MAIN: MAIN}
-    assert len(commands(facts)) == 2
+    assert len(commands(facts)) == 3
 
 
 def test_the_penalties_are_named_where_sshd_has_them() -> None:

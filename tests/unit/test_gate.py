@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from pyinfra.api.command import FunctionCommand, StringCommand
 
+from control import guard as control_guard
 from control.errors import ReachError
 from control.proof import Proof
 from control.settings import HostSettings
-from operations import gate
+from operations import gate, guard
+from operations.common import program
 
 
 @dataclass
@@ -55,6 +57,8 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     gate.forget_proofs()
+    guard.forget()
+    control_guard.note("vps1", None)
     world = World(FakeHost(), [], [0.0])
 
     def prove(name: str, addresses: Any) -> Proof:
@@ -119,15 +123,44 @@ def test_a_tailnet_that_will_not_last_is_not_even_tried(world: World) -> None:
     assert len(world.proofs) == 1
 
 
-def test_every_risky_command_comes_after_the_proof_and_has_a_limit() -> None:
+def test_every_risky_command_comes_after_the_proof_and_the_guard_and_has_a_limit(world: World) -> None:
     commands = [StringCommand("ufw", "enable"), StringCommand("slow", _timeout=600)]
-    proof, *risky = gate.risky(FakeHost(), commands)  # type: ignore[arg-type]
+    proof, arm, *risky = gate.risky(world.host, commands)  # type: ignore[arg-type]
     assert isinstance(proof, FunctionCommand)
     assert proof.function is gate._pass_gate
+    assert isinstance(arm, FunctionCommand)
+    assert (arm.function, arm.args) == (guard.arm, (120,))
     assert [command.connector_arguments["_timeout"] for command in risky] == [120, 600]
+    assert guard._planned == {"vps1"}
 
 
-@pytest.mark.parametrize(("way", "count"), [("public", 1), ("tailnet", 2)])
-def test_some_steps_are_risky_only_over_the_tailnet(way: str, count: int) -> None:
-    host = FakeHost(connector=Connector(SimpleNamespace(way=way)))
-    assert len(list(gate.risky_if_tailnet(host, [StringCommand("x")]))) == count  # type: ignore[arg-type]
+def test_with_the_guard_armed_every_risky_command_runs_under_it(world: World) -> None:
+    _, _, *before = gate.risky(world.host, [StringCommand("ufw", "enable")])  # type: ignore[arg-type]
+    assert [str(command) for command in before] == ["ufw enable"]
+    control_guard.note("vps1", control_guard.Armed(token="a1b2", until=9.0))
+    commands = [program("sh", "-c", "echo 'a  b'; $x", stdin=b"plan"), StringCommand("ufw", "enable")]
+    _, _, *after = gate.risky(world.host, commands)  # type: ignore[arg-type]
+    fence = "/usr/local/sbin/quietport guard exec a1b2 --"
+    assert [str(command) for command in after] == [
+        f"{fence} sh -c 'echo '\"'\"'a  b'\"'\"'; $x'",
+        f"{fence} ufw enable",
+    ]
+    assert after[0].connector_arguments["_stdin"] == b"plan"
+
+
+@pytest.mark.parametrize("way", ["public", "tailnet"])
+def test_some_steps_are_risky_only_over_the_tailnet(world: World, way: str) -> None:
+    world.host.connector.session = SimpleNamespace(way=way)
+    steps = [StringCommand("x", _timeout=900), StringCommand("y")]
+    done = list(gate.risky_if_tailnet(world.host, steps))  # type: ignore[arg-type]
+    if way == "public":
+        assert done == steps
+        return
+    functions = [one.function for one in done if isinstance(one, FunctionCommand)]
+    assert functions == [gate._pass_gate, guard.arm, guard.proven]
+    arm = done[1]
+    assert isinstance(arm, FunctionCommand)
+    # An upgrade is not broken off for want of time.
+    assert arm.args == (900 + gate.PROOF_TIME_S,)
+    # It ends its own transaction; the last one has nothing to prove for it.
+    assert guard._planned == set()
