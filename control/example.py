@@ -26,6 +26,7 @@ _SAMPLES: dict[str, Any] = {
     "auth_key": "file:~/.config/quietport/auth_key",
     "tailscale_repository": "https://pkgs.tailscale.com/stable/debian",
     "tailscale_tags": ["tag:server"],
+    "break_glass_cidrs": ["203.0.113.0/24", "2001:db8:7::/48"],
     "docker_repository": "https://download.docker.com/linux/debian",
     "docker_users": ["agent"],
     "secrets": {"/etc/ai-ops-runner/secrets/openai_api_key": "env:OPENAI_API_KEY"},

@@ -168,11 +168,15 @@ def _public_route(name: str) -> Route:
         sshconfig.SshOptions() if state.is_lab_file(fleet().file) else sshconfig.lookup(settings.address)
     )
     base = _base_route(name, settings)
+    port = settings.port if "port" in settings.model_fields_set else options.port or settings.port
+    if settings.break_glass_cidrs and state.load(name).tailnet_port == pins.SSH_PORT:
+        # Once converged, sshd listens on one port, at every address; `port` is that of the blank host.
+        port = pins.SSH_PORT
     return replace(
         base,
         way="public",
         address=options.hostname or settings.address,
-        port=settings.port if "port" in settings.model_fields_set else options.port or settings.port,
+        port=port,
         proxy=options.proxy,
         identity_files=options.identity_files,
         identities_only=options.identities_only,

@@ -147,6 +147,12 @@ class HostSettings(BaseModel):
         description="Go on although the node's key will expire. It then drops off the tailnet on that day.",
     )
 
+    break_glass_cidrs: tuple[str, ...] = Field(
+        (),
+        description="Networks that reach sshd at the public address too, also while the tailnet is down. "
+        "sshd then listens on every address, and the firewall alone keeps the others out.",
+    )
+
     docker_source: Literal["debian", "docker", "none"] = Field(
         "debian",
         description="Engine and compose of the distribution, of Docker's own repository, or none at all.",
@@ -314,6 +320,21 @@ class HostSettings(BaseModel):
                 raise ValueError(f"has for {path!r} a source that {error}") from None
         return values
 
+    @field_validator("break_glass_cidrs")
+    @classmethod
+    def _networks(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        networks = [_network(value) for value in values]
+        if len(set(networks)) != len(networks):
+            raise ValueError("names a network twice")
+        four = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
+        six = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
+        for whole in (*ipaddress.collapse_addresses(four), *ipaddress.collapse_addresses(six)):
+            if str(whole).endswith("/0"):
+                raise ValueError(
+                    f"lets everybody in ({whole}); name the networks you come from, such as 203.0.113.0/24"
+                )
+        return tuple(map(str, networks))
+
     @field_validator("tailnet_proxy")
     @classmethod
     def _proxy(cls, value: str | None) -> str | None:
@@ -357,6 +378,23 @@ def _is_ip(text: str) -> bool:
         return "%" not in text and bool(ipaddress.ip_address(text))
     except ValueError:
         return False
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """The network a text names; one address is a network of its own. Raises ValueError."""
+    try:
+        # A zone means something on one machine only.
+        interface = None if "%" in text else ipaddress.ip_interface(text)
+    except ValueError:
+        interface = None
+    if interface is None:
+        raise ValueError(f"must be a list of networks such as 203.0.113.0/24 or 2001:db8::/48, not {text!r}")
+    network = interface.network
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped is not None:
+        raise ValueError(f"has {text}, an IPv4 network in an IPv6 one; write it as the IPv4 network it is")
+    if interface.ip != network.network_address:
+        raise ValueError(f"has {text}, an address inside of a network; the network is {network}")
+    return network
 
 
 def _address_problem(text: str) -> str | None:

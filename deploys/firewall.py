@@ -1,4 +1,4 @@
-"""Firewall: everything in is denied, but the tailnet and the port WireGuard needs."""
+"""Firewall: everything in is denied, but the tailnet, the port WireGuard needs, and break_glass_cidrs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def firewall(settings: HostSettings) -> None:
     units.unit_files(
         name="firewall: a restart of ufw.service opens nothing in between", files={DROP_IN: DROP_IN_TEXT}
     )
+    networks = settings.break_glass_cidrs
     ufw.exactly(
-        name="firewall: denied but for the tailnet and WireGuard",
+        name="firewall: denied but for the tailnet and WireGuard"
+        f"{', and ssh from break_glass_cidrs' if networks else ''}",
         prune_foreign=settings.prune_foreign,
+        break_glass=list(networks),
     )

@@ -15,4 +15,5 @@ def proof(settings: HostSettings) -> None:
         name="proof: firewall and sshd hold over a new login, the guard is disarmed",
         login_user=settings.user,
         prune_foreign=settings.prune_foreign,
+        break_glass=list(settings.break_glass_cidrs),
     )

@@ -21,8 +21,12 @@ def follower(settings: HostSettings) -> None:
 def ssh(settings: HostSettings) -> None:
     """The last step, and a risky one: passes the gate."""
     known = host.get_fact(Tailnet)["addresses"]
+    networks = settings.break_glass_cidrs
+    whom = "the tailnet and break_glass_cidrs" if networks else "the tailnet alone"
+    later = "" if known or networks else unknown_yet("the join")
     sshd.tailnet_only(
-        name=f"ssh: answers the tailnet alone, to keys alone{'' if known else unknown_yet('the join')}",
+        name=f"ssh: answers {whom}, to keys alone{later}",
         login_user=settings.user,
         users=["root", *settings.agents],
+        break_glass=list(networks),
     )

@@ -15,7 +15,7 @@ from deploys.firewall import firewall
 from deploys.guard import guard
 from deploys.packages import packages
 from deploys.preflight import preflight
-from deploys.programs import programs
+from deploys.programs import closed, programs
 from deploys.proof import proof
 from deploys.secrets import secrets
 from deploys.ssh import follower, ssh
@@ -38,3 +38,4 @@ follower(settings=settings)
 firewall(settings=settings)
 ssh(settings=settings)
 proof(settings=settings)
+closed(settings=settings)

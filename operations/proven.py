@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pyinfra.api.command import FunctionCommand
 from pyinfra.api.host import Host
 from pyinfra.api.state import State
@@ -12,15 +14,18 @@ from operations.common import Commands, one_host_at_most, operation
 
 
 @one_host_at_most
-def _prove(state: State, host: Host, login_user: str, prune_foreign: bool) -> bool:
+def _prove(
+    state: State, host: Host, login_user: str, prune_foreign: bool, break_glass: Sequence[str]
+) -> bool:
     def problems() -> list[str]:
-        return [*sshd.not_as_wanted(login_user), *ufw.not_as_wanted(prune_foreign=prune_foreign)]
+        found = sshd.not_as_wanted(login_user, break_glass=break_glass)
+        return found + ufw.not_as_wanted(prune_foreign=prune_foreign, break_glass=break_glass)
 
     return guard.prove_and_confirm(host, problems=problems)
 
 
 @operation()
-def stays(login_user: str, prune_foreign: bool = False) -> Commands:
+def stays(login_user: str, prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> Commands:
     """What firewall and ssh changed is proven over a new login, and the guard disarmed.
 
     The login is through the new path, accepted by sshd itself; over it sshd's policy, its listeners and the
@@ -30,4 +35,4 @@ def stays(login_user: str, prune_foreign: bool = False) -> Commands:
     if not guard.waiting(host):
         host.noop("nothing waits for its confirmation")
         return
-    yield FunctionCommand(_prove, (login_user, prune_foreign), {})
+    yield FunctionCommand(_prove, (login_user, prune_foreign, break_glass), {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from pyinfra.context import host
 
 from control import reach
 from facts.files import FileText
+from facts.packetfilter import PacketFilter
 from facts.sockets import ListeningSockets
 from facts.sshd import SshdEffective, SshdFiles, SshdProcess
+from facts.system import System
 from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import gate
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
 from operations.programs import LAUNCHER
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed, is_enabled, is_masked
-from quietport import sshd
+from quietport import admission, sshd
 from quietport.errors import printable
 
 _TEMPLATES = Path(__file__).parents[1] / "templates/ssh"
@@ -36,7 +38,7 @@ MAX_SHOWN = 6
 
 @dataclass(frozen=True)
 class Seen:
-    """What the host shows of its sshd."""
+    """What the host shows of its sshd. `public`: where it is to listen behind the firewall (break-glass)."""
 
     files: dict[str, str]
     unit_drop_in: str | None
@@ -47,6 +49,7 @@ class Seen:
     stray_sockets: tuple[str, ...]
     stale: bool
     effective: tuple[dict[str, list[str]], ...]
+    public: tuple[sshd.Listener, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,11 @@ def wanted(seen: Seen, *, login_user: str) -> Wanted:
         seen.addresses,
         permit_root_login=sshd.root_login(seen.files, login_user=login_user),
         penalties=any("persourcepenalties" in effective for effective in seen.effective),
+        public=seen.public,
     )
     files = {**sshd.wanted_files(seen.files, drop_in), sshd.UNIT_DROP_IN: UNIT_DROP_IN_TEXT}
-    return Wanted(files=files, listeners=frozenset(sshd.wanted_listeners(seen.addresses)))
+    listeners = seen.public or sshd.wanted_listeners(seen.addresses)
+    return Wanted(files=files, listeners=frozenset(listeners))
 
 
 def differences(seen: Seen, target: Wanted) -> list[str]:
@@ -130,7 +135,7 @@ def _sha256(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _look(login_user: str) -> Seen:
+def _look(login_user: str, *, break_glass: Sequence[str] = ()) -> Seen:
     units = host.get_fact(Units, names=[sshd.UNIT, *sshd.SOCKETS])
     service = units[sshd.UNIT]
     sockets = [socket for socket in host.get_fact(ListeningSockets) if socket["protocol"].startswith("tcp")]
@@ -150,7 +155,14 @@ def _look(login_user: str) -> Seen:
         stray_sockets=tuple(sorted(unit for unit in stray if unit.endswith(".socket"))),
         stale=bool(host.get_fact(SshdProcess)["stale"]),
         effective=tuple(host.get_fact(SshdEffective, user=login_user, addr=addr) for addr in ASKED_FROM),
+        public=tuple(sshd.public_listeners(ipv6=host.get_fact(System)["ipv6"])) if break_glass else (),
     )
+
+
+def _strangers_come_in(break_glass: Sequence[str]) -> str:
+    """Why sshd may not listen on every address of this host yet, as a sentence; "" when it may."""
+    texts = {int(family): text for family, text in host.get_fact(PacketFilter).items()}
+    return admission.admission_problem(texts, port=sshd.PORT, networks=break_glass)
 
 
 @operation()
@@ -170,21 +182,23 @@ def followed() -> Commands:
         host.noop(f"{FOLLOWER} follows the addresses")
 
 
-def not_as_wanted(login_user: str) -> list[str]:
+def not_as_wanted(login_user: str, *, break_glass: Sequence[str] = ()) -> list[str]:
     """What is wrong with sshd on this host now, as phrases; empty when it is as `tailnet_only` leaves it."""
-    seen = _look(login_user)
+    seen = _look(login_user, break_glass=break_glass)
     return differences(seen, wanted(seen, login_user=login_user))
 
 
 @operation()
-def tailnet_only(login_user: str, users: list[str]) -> Commands:
+def tailnet_only(login_user: str, users: list[str], break_glass: Sequence[str] = ()) -> Commands:
     """sshd listens on every tailnet address and nowhere else, and takes keys alone, from everyone.
+
+    With networks in `break_glass` it listens on every address, once the firewall admits those alone.
 
     `login_user` is whom the operator logs in as: the gate's keys-only login just before is the proof that
     passwords may go. `users` are checked besides everyone with a login shell. If any step fails, the old
     state is back and the host fails.
     """
-    seen = _look(login_user)
+    seen = _look(login_user, break_glass=break_glass)
     if executing() and not seen.files.get(sshd.MAIN):
         yield refuse(f"there is no {sshd.MAIN} here. Install openssh-server, then run again.")
         return
@@ -192,9 +206,13 @@ def tailnet_only(login_user: str, users: list[str]) -> Commands:
     if not differences(seen, target):
         host.noop("sshd answers the tailnet alone, to keys alone")
         return
+    # Before: when the plan is made, the firewall may be about to change.
+    if executing() and break_glass and (problem := _strangers_come_in(break_glass)):
+        yield refuse(f"sshd shall listen on every address, as break_glass_cidrs asks. {problem}")
+        return
     for sentence in remarks(seen, target):
         warn(sentence)
-    if seen.addresses:
+    if seen.addresses or seen.public:
         for path, text in target.files.items():
             if _old(seen, path) != text:
                 show_diff(path, _old(seen, path), text)
@@ -202,7 +220,7 @@ def tailnet_only(login_user: str, users: list[str]) -> Commands:
     yield from gate.risky(host, [program(LAUNCHER, "sshd-apply", stdin=data)])
     if not executing():
         return
-    seen = _look(login_user)
+    seen = _look(login_user, break_glass=break_glass)
     left = differences(seen, wanted(seen, login_user=login_user))
     if left:
         yield refuse(f"sshd is not as wanted although sshd-apply succeeded: {'; '.join(left)}. Run again.")

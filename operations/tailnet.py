@@ -230,7 +230,9 @@ def blocking_reason(tailnet: dict[str, Any], settings: HostSettings) -> str | No
     not made reachable through it alone.
     """
     return _leaving_reason(
-        tailnet, login_server=settings.login_server, accept_key_expiry=settings.accept_key_expiry
+        tailnet,
+        login_server=settings.login_server,
+        accept_key_expiry=settings.accept_key_expiry or bool(settings.break_glass_cidrs),
     )
 
 

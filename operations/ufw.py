@@ -8,6 +8,8 @@ established connections pass by an earlier chain (before.rules).
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +47,39 @@ WANTED = (
     Rule("allow in on tailscale0", "the tailnet may come in"),
     Rule("allow 41641/udp", "WireGuard, for direct paths"),
 )
+SSH_PORT = 22
 DEFAULTS = {"incoming": "deny", "outgoing": "allow", "routed": "deny"}
 _POLICIES = {"allow": "ACCEPT", "deny": "DROP"}
 _CHAINS = {"incoming": "input", "outgoing": "output", "routed": "forward"}
+
+
+def rules_for(break_glass: Sequence[str] = (), *, ipv6: bool = True) -> tuple[Rule, ...]:
+    """The rules of a host: ours, and one for each network of `break_glass`, if the host has its family."""
+    networks = [ipaddress.ip_network(text) for text in break_glass]
+    return WANTED + tuple(
+        Rule(f"allow from {_shown(network)} to any port {SSH_PORT} proto tcp", "break-glass, ssh")
+        for network in networks
+        if network.version == 4 or ipv6
+    )
+
+
+def _shown(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> str:
+    """A network as `ufw show added` has it (util.py normalize_address): by inet_ntop, a lone address bare."""
+    family = socket.AF_INET if network.version == 4 else socket.AF_INET6
+    address = socket.inet_ntop(family, network.network_address.packed)
+    return address if network.prefixlen == network.max_prefixlen else f"{address}/{network.prefixlen}"
+
+
+def for_ipv6_alone(rule: str) -> bool:
+    """Whether a shown rule names an IPv6 address. ufw lists those after all others."""
+    return any(_is_ipv6(word) for word in bare(rule).split())
+
+
+def _is_ipv6(word: str) -> bool:
+    try:
+        return ipaddress.ip_interface(word).version == 6
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -78,16 +110,16 @@ def traffic(rule: str) -> str:
     return " ".join(word for word in words if word not in ("log", "log-all"))
 
 
-def contradicting(rules: Sequence[str]) -> list[str]:
+def contradicting(rules: Sequence[str], ours: Sequence[Rule] = WANTED) -> list[str]:
     """The rules that say something else about the very traffic of ours. They cannot stand beside them."""
-    about = {traffic(rule.text) for rule in WANTED}
-    wanted = {rule.text for rule in WANTED}
+    about = {traffic(rule.text) for rule in ours}
+    wanted = {rule.text for rule in ours}
     return [rule for rule in rules if traffic(rule) in about and bare(rule) not in wanted]
 
 
-def foreign(rules: Sequence[str]) -> list[str]:
+def foreign(rules: Sequence[str], ours: Sequence[Rule] = WANTED) -> list[str]:
     """The rules that are not ours: neither marked nor about the traffic ours are about."""
-    about = {traffic(rule.text) for rule in WANTED}
+    about = {traffic(rule.text) for rule in ours}
     return [rule for rule in rules if not is_ours(rule) and traffic(rule) not in about]
 
 
@@ -97,27 +129,31 @@ def closes(rule: str) -> bool:
     return words[0] in ("deny", "reject", "limit") and words[1:2] != ["out"]
 
 
-def changes(rules: Sequence[str], *, prune_foreign: bool) -> Changes:
-    """From the rules that are there to those that are wanted.
+def changes(rules: Sequence[str], *, prune_foreign: bool, ours: Sequence[Rule] = WANTED) -> Changes:
+    """From the rules that are there to those that are wanted, `ours`.
 
     A rule of ours behind a foreign one that closes is taken out and put first: of two rules the first counts.
-    (ufw lists a rule for IPv6 alone after all others; where such a one stands among ours is not seen.)
+    (ufw lists a rule for IPv6 alone after all others; where such a one stands among those for both families
+    is not seen. One of ours is put first when it is made, and compared with its like afterwards.)
     """
-    texts = {rule.text for rule in WANTED}
-    gone = [rule for rule in rules if is_ours(rule) and bare(rule) not in texts] + contradicting(rules)
+    texts = {rule.text for rule in ours}
+    gone = [rule for rule in rules if is_ours(rule) and bare(rule) not in texts] + contradicting(rules, ours)
     delete = list(dict.fromkeys(bare(rule) for rule in gone))
     kept = [rule for rule in rules if bare(rule) not in delete]
     if prune_foreign:
-        strangers = foreign(kept)
+        strangers = foreign(kept, ours)
         delete += [bare(rule) for rule in strangers]
         kept = [rule for rule in kept if rule not in strangers]
     closing = [at for at, rule in enumerate(kept) if closes(rule) and bare(rule) not in texts]
     first_closing = min(closing, default=len(kept))
+    closing_ipv6 = [at for at in closing if for_ipv6_alone(kept[at])]
+    first_closing_ipv6 = min(closing_ipv6, default=len(kept))
     add: list[Rule] = []
     prepend: list[Rule] = []
-    for rule in WANTED:
+    for rule in ours:
         place = next((at for at, shown in enumerate(kept) if bare(shown) == rule.text), None)
-        if place is not None and place > first_closing:
+        limit = first_closing_ipv6 if for_ipv6_alone(rule.text) else first_closing
+        if place is not None and place > limit:
             delete.append(rule.text)
             prepend.append(rule)
         elif place is None and first_closing < len(kept):
@@ -196,15 +232,16 @@ def _default_commands(firewall: Mapping[str, Any], *, ipv6: bool) -> list[Pyinfr
 
 
 def _commands(
-    firewall: Mapping[str, Any], *, ipv6: bool, at_boot: bool, prune_foreign: bool
+    firewall: Mapping[str, Any], *, ipv6: bool, at_boot: bool, prune_foreign: bool, break_glass: Sequence[str]
 ) -> list[PyinfraCommand]:
     """Everything to do, in order: nothing is closed before what must stay open is open."""
     commands: list[PyinfraCommand] = []
-    wanted = changes(firewall["rules"], prune_foreign=prune_foreign)
+    ours = rules_for(break_glass, ipv6=ipv6)
+    wanted = changes(firewall["rules"], prune_foreign=prune_foreign, ours=ours)
     if ipv6 and not firewall["ipv6"]:
         commands.append(script(_SET_IPV6, DEFAULTS_FILE))
         # The rules there are hold for IPv4 alone, and look the same in `ufw show added`.
-        present = tuple(rule for rule in WANTED if rule not in wanted.add + wanted.prepend)
+        present = tuple(rule for rule in ours if rule not in wanted.add + wanted.prepend)
         wanted = Changes(wanted.delete, wanted.add + present, wanted.prepend)
     commands += _rule_commands(wanted)
     commands += _default_commands(firewall, ipv6=ipv6)
@@ -215,33 +252,37 @@ def _commands(
     return commands
 
 
-def _work(*, prune_foreign: bool) -> list[PyinfraCommand]:
+def _work(*, prune_foreign: bool, break_glass: Sequence[str] = ()) -> list[PyinfraCommand]:
     firewall = host.get_fact(Ufw)
     ipv6 = host.get_fact(System)["ipv6"]
     at_boot = is_enabled(host.get_fact(Units, names=[SERVICE])[SERVICE])
-    return _commands(firewall, ipv6=ipv6, at_boot=at_boot, prune_foreign=prune_foreign)
+    return _commands(
+        firewall, ipv6=ipv6, at_boot=at_boot, prune_foreign=prune_foreign, break_glass=break_glass
+    )
 
 
-def not_as_wanted(*, prune_foreign: bool = False) -> list[str]:
+def not_as_wanted(*, prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> list[str]:
     """What is wrong with the firewall now, as phrases; empty when it is as `exactly` leaves it."""
     if not host.get_fact(Ufw)["active"]:
         return ["the firewall is not active"]
-    return ["the firewall's rules are not as wanted"] if _work(prune_foreign=prune_foreign) else []
+    left = _work(prune_foreign=prune_foreign, break_glass=break_glass)
+    return ["the firewall's rules are not as wanted"] if left else []
 
 
 @operation()
-def exactly(prune_foreign: bool = False) -> Commands:
+def exactly(prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> Commands:
     """ufw is active, also after a boot, with our defaults and rules; foreign rules go with `prune_foreign`.
 
-    Otherwise they are reported and left. Refused: an active ufw that leaves IPv6 out, because only a reload
-    (a moment with an open INPUT) would take it in.
+    Otherwise they are reported and left. `break_glass` are networks that may come to port 22. Refused: an
+    active ufw that leaves IPv6 out, because only a reload (a moment with an open INPUT) would take it in.
     """
     firewall = host.get_fact(Ufw)
     ipv6 = host.get_fact(System)["ipv6"]
-    replaced = contradicting(firewall["rules"])
+    ours = rules_for(break_glass, ipv6=ipv6)
+    replaced = contradicting(firewall["rules"], ours)
     if replaced:
         warn(f"firewall: replaced by ours, which they contradict: {'; '.join(replaced)}")
-    strangers = foreign(firewall["rules"])
+    strangers = foreign(firewall["rules"], ours)
     if strangers and not prune_foreign:
         warn(f"firewall: left alone, not ours: {'; '.join(strangers)} (prune_foreign = true removes them)")
     if ipv6 and firewall["active"] and not firewall["ipv6"]:
@@ -250,12 +291,12 @@ def exactly(prune_foreign: bool = False) -> Commands:
             "the firewall for a moment. When that is fine: `ufw disable` on the host, then run again."
         )
         return
-    commands = _work(prune_foreign=prune_foreign)
+    commands = _work(prune_foreign=prune_foreign, break_glass=break_glass)
     if not commands:
         host.noop("firewall: exactly as wanted")
         return
     yield from gate.risky(host, commands)
-    if executing() and _work(prune_foreign=prune_foreign):
+    if executing() and _work(prune_foreign=prune_foreign, break_glass=break_glass):
         yield refuse(
             "the firewall is not as wanted although every command succeeded. Compare `ufw show added` and "
             "`ufw status verbose` on the host with docs/firewall.md."

@@ -20,6 +20,9 @@ from quietport.errors import HostProgramError
 
 MAX_BYTES = 1 << 20
 HOST_JSON = Path("/etc/quietport/host.json")
+# Keys of host.json: sshd may listen on every address (break-glass), for the firewall to admit these networks.
+PUBLIC_SSHD = "sshd_may_be_public"
+PUBLIC_NETWORKS = "break_glass_cidrs"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

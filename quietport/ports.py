@@ -71,6 +71,13 @@ class Judged:
         }
 
 
+@dataclass(frozen=True)
+class PublicSshd:
+    """What is known of an sshd on every address: `problem` says why it may not be; "" when it may."""
+
+    problem: str = ""
+
+
 # --- reading ss -----------------------------------------------------------------------------------
 
 _HEADER = re.compile(
@@ -215,21 +222,29 @@ _DHCP_EXECUTABLES = frozenset(
     }
 )
 _TAILSCALED = Program(unit="tailscaled.service", executable="/usr/sbin/tailscaled")
+_SSHD = Program(unit="ssh.service", executable="/usr/sbin/sshd")
+_SSH_PORT = 22
 
 
 def judge(
-    listener: Listener, interfaces: Interfaces | None, programs: Mapping[int, Program] | None = None
+    listener: Listener,
+    interfaces: Interfaces | None,
+    programs: Mapping[int, Program] | None = None,
+    public_sshd: PublicSshd | None = None,
 ) -> Judged:
     """Exposure and verdict of `listener`.
 
     `programs` says what each process really is (by its pid). Without it, names are believed, which is right
-    only for text that came from elsewhere: on a host any process can call itself tailscaled.
+    only for text that came from elsewhere: on a host any process can call itself tailscaled. `public_sshd`
+    is given where sshd was told to listen on every address.
     """
     exposure = classify(listener, interfaces)
     units = [programs.get(process.pid, Program()).unit for process in listener.processes] if programs else []
     unit = ", ".join(dict.fromkeys(name for name in units if name))
     result = verdict(listener, exposure, programs)
     hint = _hint(listener, unit) if result == "violation" else ""
+    if result == "violation" and public_sshd is not None and _is_public_sshd(listener, programs or {}):
+        result, hint = ("violation" if public_sshd.problem else "allowed"), public_sshd.problem
     return Judged(listener=listener, exposure=exposure, verdict=result, unit=unit, hint=hint)
 
 
@@ -255,6 +270,21 @@ def _excused(listener: Listener, process: Process, programs: Mapping[int, Progra
     # A container has a root of its own, in which any path can be any program.
     contained = program.unit == "" or program.unit.startswith(("docker-", "libpod-", "cri-containerd-"))
     return dhcp and not contained and executable in _DHCP_EXECUTABLES
+
+
+def _is_public_sshd(listener: Listener, programs: Mapping[int, Program]) -> bool:
+    """Whether this is the sshd of ssh.service on every address, and on no other port than ours."""
+    if (listener.protocol, listener.port, listener.zone) != ("tcp", _SSH_PORT, ""):
+        return False
+    if listener.address != "*" and not parse_address(listener.address).is_unspecified:
+        return False
+    held = [programs.get(process.pid, Program()) for process in listener.processes]
+    return bool(held) and all(_as_installed(program) == _SSHD for program in held)
+
+
+def _as_installed(program: Program) -> Program:
+    # An upgrade replaces the file before it restarts the service.
+    return Program(unit=program.unit, executable=program.executable.removesuffix(" (deleted)"))
 
 
 def _hint(listener: Listener, unit: str) -> str:

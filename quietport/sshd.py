@@ -270,6 +270,19 @@ def wanted_listeners(addresses: Iterable[str]) -> list[Listener]:
     return [(str(address), PORT) for address in ordered] or [("127.0.0.1", PORT)]
 
 
+def public_listeners(*, ipv6: bool = True) -> list[Listener]:
+    """Where sshd listens when the firewall alone decides who reaches it (break-glass).
+
+    The tailnet's addresses beside them would be EADDRINUSE.
+    """
+    return [("0.0.0.0", PORT), *([("::", PORT)] if ipv6 else [])]  # noqa: S104
+
+
+def is_wildcard(address: str) -> bool:
+    """Whether an address stands for all of them."""
+    return ipaddress.ip_address(address).is_unspecified
+
+
 def endpoint(listener: Listener) -> str:
     """`1.2.3.4:22` or `[fd7a::1]:22`, as sshd_config and `sshd -T` write it."""
     address, port = listener
@@ -277,17 +290,22 @@ def endpoint(listener: Listener) -> str:
 
 
 def render(
-    addresses: Iterable[str], *, permit_root_login: str = "prohibit-password", penalties: bool = False
+    addresses: Iterable[str],
+    *,
+    permit_root_login: str = "prohibit-password",
+    penalties: bool = False,
+    public: Iterable[Listener] = (),
 ) -> str:
-    """The drop-in for a host with these tailnet addresses.
+    """The drop-in for a host with these tailnet addresses, or with the listeners `public` in their place.
 
     `penalties`: this sshd knows PerSourcePenalties (OpenSSH 9.8 and newer), which blocks a source after a few
     failed logins; the tailnet is exempt, or one bad key locks the operator out for minutes.
     """
-    listen = "\n".join(_listen_lines(addresses))
+    wildcards = [f"ListenAddress {endpoint(listener)}" for listener in public]
+    listen = "\n".join(wildcards or _listen_lines(addresses))
     exempt = f"PerSourcePenaltyExemptList {','.join(map(str, TAILNET_RANGES))}\n" if penalties else ""
     return (
-        f"{OURS}; `quietport` replaces it. sshd answers the tailnet alone, to keys alone.\n"
+        f"{OURS}; `quietport` replaces it. sshd takes keys alone, and answers where these lines say.\n"
         "AddressFamily any\n"
         f"Port {PORT}\n"
         f"{listen}\n"

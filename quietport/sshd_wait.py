@@ -7,30 +7,32 @@ operator is locked out (tailscale#3340, and seen in the lab). Run as ExecStartPr
 Those addresses are the ones that tailscale0 has today: where our drop-in names others, it is brought up to
 date first, as `quietport sshd-follow` does it while sshd runs. So every start of sshd is one on the addresses
 of that moment, also when the follower is dead.
+
+On every address sshd is started only where that was declared (break-glass) and ufw keeps strangers out. Else
+our own drop-in goes back to the tailnet's addresses: never in public, and never without a way in for that.
 """
 
 from __future__ import annotations
 
 import argparse
 import enum
+import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietport import sshd_follow
+from quietport import admission, sshd, sshd_follow
 from quietport.commands import output_of
 from quietport.errors import FINE, PROBLEM, HostProgramError, printable
-from quietport.hostfile import host_settings
+from quietport.hostfile import HOST_JSON, PUBLIC_SSHD, host_settings
 from quietport.net import TAILNET_INTERFACE, parse_address
 from quietport.rtnetlink import addresses_on
-from quietport.sshd_apply import Host
+from quietport.sshd_apply import Failed, Host
 
 SSHD = "/usr/sbin/sshd"
 POLL_S = 0.25
-# The key of host.json that allows sshd on every address (break-glass).
-PUBLIC_KEY = "sshd_may_be_public"
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,44 @@ class CatchUp:
         return Step.CHANGED
 
 
+def why_not_public() -> str:
+    """Why sshd may not listen on every address, as a sentence; "" when it may."""
+    try:
+        if host_settings().get(PUBLIC_SSHD) is not True:
+            return f"{HOST_JSON} does not say that it may (break_glass_cidrs)."
+    except HostProgramError as error:
+        return str(error)
+    return admission.firewall_problem()
+
+
+def back_to_the_tailnet(
+    host: Host,
+    *,
+    say: Callable[[str], None],
+    hold: sshd_follow.Hold = sshd_follow.hold,
+    addresses: Callable[[], tuple[str, ...]] = lambda: addresses_on(TAILNET_INTERFACE),
+) -> bool:
+    """Take the wildcards out of our own drop-in; False when that is not to be done, or did not work."""
+    try:
+        # Tried, never waited for: who holds the lock may be the one who is starting sshd.
+        with hold(0):
+            saved = host.read(sshd.DROP_IN)
+            text = (saved.data or b"").decode()
+            if not text.startswith(sshd.OURS) or saved.uid != os.geteuid() or saved.mode & 0o022:
+                return False
+            known = addresses()
+            closed = sshd.with_addresses(text, known)
+            listeners = frozenset(sshd.wanted_listeners(known))
+            where = ", ".join(sorted(map(sshd.endpoint, listeners)))
+            sentence = f"{sshd.DROP_IN} named every address and gets {where}."
+            sshd_follow.place(host, sshd_follow.Decision(sentence, listeners, closed))
+    except (HostProgramError, Failed, ValueError) as error:
+        say(str(error))
+        return False
+    say(sentence)
+    return True
+
+
 def nothing_to_do(*, last: bool) -> Step:
     """For a configuration that is not the usual one."""
     return Step.DONE
@@ -198,15 +238,21 @@ def main(argv: list[str]) -> int:
     )
     options = parser.parse_args(argv)
     config = ["-f", str(options.config)] if options.config else []
+    host = Host()
     wildcards, _ = _read(config)
-    if wildcards and host_settings().get(PUBLIC_KEY) is not True:
-        print(
-            f"quietport sshd-wait: sshd would listen on every address ({wildcards[0].shown}), the public one "
-            "included: it is not started. Name the tailnet address in a ListenAddress line of "
-            "/etc/ssh/sshd_config.d/00-quietport.conf, and no wildcard anywhere."
-        )
-        return PROBLEM
-    catch_up = nothing_to_do if config else CatchUp(Host(), say=_say)
+    reason = why_not_public() if wildcards else ""
+    if reason:
+        # Its own reason goes first: what is done about it may fail.
+        _say(f"sshd would listen on every address, and may not: {reason}")
+        if not config and back_to_the_tailnet(host, say=_say):
+            wildcards, _ = _read(config)
+        if wildcards:
+            _say(
+                f"sshd is not started on every address ({wildcards[0].shown}), the public one included. Name "
+                f"the tailnet address in a ListenAddress line of {sshd.DROP_IN}, and no wildcard anywhere."
+            )
+            return PROBLEM
+    catch_up = nothing_to_do if config else CatchUp(host, say=_say)
     awaited, missing = wait_for(lambda: _read(config)[1], timeout=options.timeout, catch_up=catch_up)
     code, sentence = decide(awaited, missing, timeout=options.timeout)
     if sentence:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quietport import admission
 from quietport.commands import output_of
+from quietport.errors import HostProgramError
+from quietport.hostfile import PUBLIC_NETWORKS, PUBLIC_SSHD, host_settings
 from quietport.net import parse_interfaces
-from quietport.ports import Judged, judge, parse_ss
+from quietport.ports import Judged, PublicSshd, judge, parse_ss
 from quietport.processes import program_of
+from quietport.sshd import PORT
 
 
 def survey() -> list[Judged]:
@@ -18,7 +22,21 @@ def survey() -> list[Judged]:
     interfaces = parse_interfaces(output_of(["ip", "-j", "-d", "addr"]), routes)
     pids = {process.pid for listener in listeners for process in listener.processes}
     programs = {pid: program_of(pid) for pid in pids}
-    return [judge(listener, interfaces, programs) for listener in listeners]
+    public_sshd = _public_sshd()
+    return [judge(listener, interfaces, programs, public_sshd) for listener in listeners]
+
+
+def _public_sshd() -> PublicSshd | None:
+    """What host.json and the firewall say of an sshd on every address; None where none is declared."""
+    declared = host_settings()
+    if declared.get(PUBLIC_SSHD) is not True:
+        return None
+    try:
+        texts = {family: admission.read(family) for family in admission.families()}
+    except HostProgramError as error:
+        return PublicSshd(f"The firewall cannot be read: {error}")
+    networks = [str(network) for network in declared.get(PUBLIC_NETWORKS) or []]
+    return PublicSshd(admission.admission_problem(texts, port=PORT, networks=networks))
 
 
 def _families() -> tuple[int, ...]:

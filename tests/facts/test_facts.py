@@ -15,7 +15,21 @@ from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from pyinfra_testing.facts import make_fact_tests
 
-from facts import apt, controller, docker, files, packages, shell, sockets, sshd, system, tailnet, ufw, units
+from facts import (
+    apt,
+    controller,
+    docker,
+    files,
+    packages,
+    packetfilter,
+    shell,
+    sockets,
+    sshd,
+    system,
+    tailnet,
+    ufw,
+    units,
+)
 
 FIXTURES = Path(__file__).parent
 # Facts of this folder; others keep their tests with their operations.
@@ -28,6 +42,7 @@ COMMANDS: list[tuple[FactBase[Any], tuple[Any, ...]]] = [
     (files.FileState(), ("/nowhere/it's",)),
     (files.FileText(), ("/nowhere/it's",)),
     (packages.Packages(), (["ufw", "docker.io"],)),
+    (packetfilter.PacketFilter(), ()),
     (sshd.SshdEffective(), ("root", "198.51.100.1")),
     (sshd.SshdFiles(), ()),
     (sshd.SshdProcess(), ()),
@@ -86,7 +101,7 @@ def test_the_value_for_a_failed_host_has_the_shape_of_a_real_one(
 def test_sockets_that_could_not_be_read_are_not_a_quiet_host() -> None:
     output = ["##sockets", "|", "|127"] + [
         line
-        for name in ("addresses", "routes4", "routes6", "programs")
+        for name in (*("addresses", "routes4", "routes6", "programs"), *("declared", "filter4", "filter6"))
         for line in (f"##{name}", "|[]", "|0")
     ]
     with pytest.raises(FactProcessError, match="iproute2"):

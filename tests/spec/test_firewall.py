@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 
 from control.settings import HostSettings
+from facts.packetfilter import PacketFilter
+from facts.system import System
 from facts.ufw import Ufw
 from facts.units import Units
+from operations.ufw import WANTED, rules_for
+from quietport.admission import openings
 from tests.spec.reading import Reading
 
 MARK = "quietport"
@@ -41,7 +45,9 @@ def test_it_covers_ipv6(reading: Reading) -> None:
 def test_rules_are_the_exact_ones(reading: Reading, settings: HostSettings) -> None:
     ours = [rule for rule in reading.fact(Ufw)["rules"] if MARK in rule]
     foreign = [rule for rule in reading.fact(Ufw)["rules"] if MARK not in rule]
-    assert len(ours) == 2
+    networks = rules_for(settings.break_glass_cidrs, ipv6=reading.fact(System)["ipv6"])[len(WANTED) :]
+    assert len(ours) == 2 + len(networks)
+    assert {rule.shown() for rule in networks} <= set(ours)
     assert [rule for rule in ours if rule.startswith("allow in on tailscale0")]
     assert [rule for rule in ours if rule.startswith("allow 41641/udp")]
     if settings.prune_foreign:
@@ -52,6 +58,18 @@ def test_the_kernel_drops_what_no_rule_allows(reading: Reading) -> None:
     """What we believe is what runs: the policy of the kernel's chain, not ufw's word for it."""
     assert reading.lines("iptables -S INPUT")[0] == "-P INPUT DROP"
     assert reading.lines("ip6tables -S INPUT")[0] == "-P INPUT DROP"
+
+
+def test_the_kernel_lets_nobody_else_at_ssh(reading: Reading, settings: HostSettings) -> None:
+    """Where sshd listens on every address, this is all that keeps strangers away from it."""
+    if not settings.break_glass_cidrs:
+        pytest.skip("no break_glass_cidrs for this host")
+    texts = reading.fact(PacketFilter)
+    assert "4" in texts
+    for text in texts.values():
+        assert openings(text, port=22, networks=settings.break_glass_cidrs) == []
+        # Positive control: what is let in is seen.
+        assert openings(f"{text}\n-A INPUT -p tcp --dport 22 -j ACCEPT", port=22) != []
 
 
 @pytest.mark.parametrize("program", ["iptables", "ip6tables"])

@@ -12,9 +12,10 @@ from control.reach import Route, route
 from control.settings import HostSettings
 from facts.sockets import ListeningSockets
 from facts.sshd import SshdEffective, SshdFiles, SshdProcess
+from facts.system import System
 from facts.tailnet import Tailnet
 from facts.units import Units
-from quietport.sshd import DROP_IN, SOCKETS, with_addresses
+from quietport.sshd import DROP_IN, PORT, SOCKETS, public_listeners, with_addresses
 from tests.spec.reading import Reading
 from tests.spec.test_timers import MOST_EXPOSED
 
@@ -66,9 +67,21 @@ def test_passwords_are_not_even_offered(tailnet_way: Route) -> None:
 
 
 def test_sshd_listens_on_every_tailnet_address_and_no_other(reading: Reading) -> None:
+    if reading.settings.break_glass_cidrs:
+        pytest.skip("break_glass_cidrs: sshd listens on every address, see the next one")
     listeners = [socket for socket in reading.fact(ListeningSockets) if socket["process"] == "sshd"]
     assert sorted({socket["address"] for socket in listeners}) == sorted(reading.fact(Tailnet)["addresses"])
     assert {socket["exposure"] for socket in listeners} == {"tailnet"}
+
+
+def test_sshd_on_every_address_is_for_the_firewall_to_judge(reading: Reading, settings: HostSettings) -> None:
+    """With break_glass_cidrs: allowed, because the firewall was read and admits those networks alone."""
+    if not settings.break_glass_cidrs:
+        pytest.skip("no break_glass_cidrs for this host")
+    listeners = [socket for socket in reading.fact(ListeningSockets) if socket["process"] == "sshd"]
+    wanted = [address for address, _ in public_listeners(ipv6=reading.fact(System)["ipv6"])]
+    assert sorted(socket["address"] for socket in listeners) == sorted(wanted)
+    assert {(socket["port"], socket["verdict"]) for socket in listeners} == {(PORT, "allowed")}
 
 
 def test_only_keys_for_every_user_from_everywhere(reading: Reading, settings: HostSettings) -> None:
@@ -121,6 +134,8 @@ def test_the_addresses_are_followed(reading: Reading) -> None:
 
 
 def test_the_follower_would_write_what_is_there(reading: Reading) -> None:
+    if reading.settings.break_glass_cidrs:
+        pytest.skip("break_glass_cidrs: the follower leaves the wildcards alone")
     text = reading.fact(SshdFiles)[DROP_IN]
     assert with_addresses(text, reading.fact(Tailnet)["addresses"]) == text
 

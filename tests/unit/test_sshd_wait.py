@@ -15,6 +15,7 @@ import pytest
 from quietport import sshd_wait
 from quietport.cli import main
 from quietport.errors import HostProgramError
+from quietport.hostfile import PUBLIC_SSHD
 from quietport.sshd_wait import Wanted, decide, parse_listen_addresses, split_wildcards, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -105,9 +106,9 @@ def test_one_address_is_better_than_none() -> None:
     [
         (None, 1),
         ({"schema": 1}, 1),
-        ({"schema": 1, sshd_wait.PUBLIC_KEY: "yes"}, 1),
-        ({"schema": 1, sshd_wait.PUBLIC_KEY: True}, 0),
-        ({"schema": 2, sshd_wait.PUBLIC_KEY: True}, 3),
+        ({"schema": 1, PUBLIC_SSHD: "yes"}, 1),
+        ({"schema": 1, PUBLIC_SSHD: True}, 0),
+        ({"schema": 2, PUBLIC_SSHD: True}, 1),
     ],
 )
 def test_never_in_public_unless_the_host_was_told_so(
@@ -125,6 +126,8 @@ def test_never_in_public_unless_the_host_was_told_so(
         sshd_wait, "output_of", lambda argv: "listenaddress [::]:22\nlistenaddress 0.0.0.0:22\n"
     )
     monkeypatch.setattr(sshd_wait.host_settings, "__defaults__", (file,))
+    monkeypatch.setattr(sshd_wait.admission, "firewall_problem", lambda: "")
+    monkeypatch.setattr(sshd_wait, "back_to_the_tailnet", lambda host, **options: False)
     assert main(["sshd-wait", "--timeout", "0"]) == expected
     assert ("every address" in capsys.readouterr().out) == (expected == 1)
 
