@@ -67,7 +67,7 @@ def arm(state: State, host: Host, timeout_s: int) -> bool:
         if isinstance(output, Unanswered):
             return fail(host, output.sentence)
         said = guard.last_line(output.stdout.encode(), output.stderr.encode())
-        return fail(host, f"{said.removeprefix('quietport guard: ')} Nothing was changed.")
+        return fail(host, f"{said.removeprefix('quietport guard: ')} Then run again; nothing was changed.")
     armed = guard.parse_armed(output.stdout, now=began)
     guard.note(host.name, armed)
     logger.info(f"{host.print_prefix}guard armed: what is not proven within {timeout_s} s undoes itself")

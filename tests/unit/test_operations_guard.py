@@ -106,7 +106,8 @@ def test_a_guard_that_refuses_ends_the_run_for_the_host(
     said = "quietport guard: a guard of anna is armed since 10:02."
     host.answer = (False, CommandOutput([OutputLine("stderr", said)]))
     assert not arm(host)
-    assert "vps1: failed: a guard of anna is armed since 10:02. Nothing was changed." in caplog.text
+    told = "vps1: failed: a guard of anna is armed since 10:02. Then run again; nothing was changed."
+    assert told in caplog.text
     assert there.armed("vps1") is None
 
 
