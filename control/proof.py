@@ -72,6 +72,34 @@ def prove(name: str, addresses: Sequence[str] | None = None) -> Proof:
     return Proof(ok=True, sentence=sentence, session=session)
 
 
+def prove_public(name: str) -> Proof:
+    """Log in to `name` anew, with a key, at its public address. For the way back (deploys/undo.py).
+
+    Never raises for a host's sake. The caller owns the session of a proof that is ok.
+    """
+    try:
+        session = open_session(name, way="public", keys_only=True, timeout=PROOF_TIMEOUT_S)
+    except QuietportError as error:
+        return Proof(ok=False, sentence=str(error))
+    try:
+        _require_sshd(session)
+        arrived, present = _arrival(session)
+        if arrived is None or arrived in present:
+            raise ReachError(
+                f"{name}: the login at {session.address} arrived at {arrived or 'no known address'}, which "
+                "is no public address of the host.",
+                hint="Correct address in hosts.toml; the tailnet is not to be relied on here.",
+            )
+    except (QuietportError, TimeoutError) as error:
+        session.close()
+        return Proof(ok=False, sentence=str(error))
+    except BaseException:
+        session.close()
+        raise
+    sentence = f"{name}: a new key login at the public address ({session.address}) was accepted by sshd."
+    return Proof(ok=True, sentence=sentence, session=session)
+
+
 def _new_login(name: str, addresses: Sequence[str] | None) -> Session:
     end = time.monotonic() + PATIENCE_S
     while True:
@@ -116,19 +144,25 @@ def _require_interface(session: Session) -> None:
 
     A provider's own 100.64.0.0/10 network carries such an address without any tailnet.
     """
+    arrived, present = _arrival(session)
+    if not present:
+        raise ReachError(
+            f"{session.name}: no address is on {INTERFACE}.", hint="Run `tailscale status` on the host."
+        )
+    if arrived not in present:
+        raise ReachError(
+            f"{session.name}: the login arrived at {arrived or 'no known address'}, "
+            f"which is not on {INTERFACE} ({', '.join(sorted(present))}).",
+            hint="Another network uses the tailnet's addresses on the way; look at the operator's routes.",
+        )
+
+
+def _arrival(session: Session) -> tuple[str | None, set[str]]:
+    """The address of the host that this connection arrived at, and those on the tailnet interface now."""
     # Not as root: sudo drops SSH_CONNECTION.
     connection = session.run('echo "$SSH_CONNECTION"', timeout=PROOF_TIMEOUT_S, escalate=False)
     words = connection.stdout.decode("utf-8", "replace").split()
     shown = session.run(f"ip -o addr show dev {INTERFACE}", timeout=PROOF_TIMEOUT_S)
     fields = [line.split() for line in shown.stdout.decode("utf-8", "replace").splitlines()]
     present = {parts[3].split("/")[0] for parts in fields if len(parts) > 3}
-    if not present:
-        raise ReachError(
-            f"{session.name}: no address is on {INTERFACE}.", hint="Run `tailscale status` on the host."
-        )
-    if len(words) != 4 or words[2] not in present:
-        raise ReachError(
-            f"{session.name}: the login arrived at {words[2] if len(words) == 4 else 'no known address'}, "
-            f"which is not on {INTERFACE} ({', '.join(sorted(present))}).",
-            hint="Another network uses the tailnet's addresses on the way; look at the operator's routes.",
-        )
+    return words[2] if len(words) == 4 else None, present

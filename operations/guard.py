@@ -21,7 +21,8 @@ from pyinfra.context import host
 from control import guard
 from control.connector import Unanswered
 from control.errors import QuietportError
-from control.proof import prove
+from control.proof import prove, prove_public
+from control.session import Way
 from facts.guard import Guard
 from facts.tailnet import Tailnet
 from operations.common import Commands, executing, fail, one_host_at_most, operation, program, refuse, warn
@@ -53,14 +54,19 @@ def who() -> str:
 
 
 @one_host_at_most
-def arm(state: State, host: Host, timeout_s: int) -> bool:
-    """Arm on this host, once a transaction. A host from before there was a guard goes without."""
+def arm(state: State, host: Host, timeout_s: int, over: Way = "tailnet") -> bool:
+    """Arm on this host, once a transaction. A host from before there was a guard goes without.
+
+    `over` is the way by which the change will be confirmed.
+    """
     if guard.armed(host.name) is not None:
         return True
     if not host.get_fact(Guard)["installed"]:
         logger.info(f"{host.print_prefix}no guard on this host yet: this step is not undone by itself")
         return True
-    command = program(*guard.argv("arm", "--timeout", str(timeout_s), "--by", who(), "--json"))
+    words = ["arm", "--timeout", str(timeout_s), "--by", who(), "--json"]
+    words += ["--confirm-over", "any"] if over == "public" else []
+    command = program(*guard.argv(*words))
     began = time.monotonic()
     ok, output = host.run_shell_command(command, print_output=False, _timeout=ARM_TIMEOUT_S)
     if not ok:
@@ -84,15 +90,20 @@ def fenced(host: Host, command: PyinfraCommand) -> PyinfraCommand:
     return command
 
 
-def prove_and_confirm(host: Host, *, problems: Callable[[], list[str]] = list) -> bool:
-    """A new login over the tailnet proves the change and disarms the guard; the run goes on over that one.
+def prove_and_confirm(
+    host: Host, *, problems: Callable[[], list[str]] = list, over: Way = "tailnet"
+) -> bool:
+    """A new login, by `over`, proves the change and disarms the guard; the run goes on over that one.
 
     `problems` reads over the new connection what must hold besides; it is not confirmed while one is left.
     """
     armed = guard.armed(host.name)
     if armed is None:
         return True
-    proof = prove(host.name, addresses=host.get_fact(Tailnet)["addresses"])
+    if over == "public":
+        proof = prove_public(host.name)
+    else:
+        proof = prove(host.name, addresses=host.get_fact(Tailnet)["addresses"])
     if not proof.ok or proof.session is None:
         return fail(host, f"{UNPROVEN}{_without_name(host, proof.sentence)}")
     try:

@@ -14,9 +14,8 @@ LAUNCHER = "/usr/local/sbin/quietport"
 LAUNCHER_TEXT = f'#!/bin/sh\nexec /usr/bin/python3 -I {ZIPAPP} "$@"\n'
 
 
-@operation()
-def installed(pyz: bytes) -> Commands:
-    """The zipapp `pyz` and the launcher `quietport` are in place. Same bytes, no change."""
+def files_if_needed(pyz: bytes) -> Commands:
+    """What `installed` yields, for operations that need the programs only sometimes."""
     changed = False
     for path, content, mode in ((ZIPAPP, pyz, "0644"), (LAUNCHER, LAUNCHER_TEXT.encode(), "0755")):
         for command in put_if_needed(path, content, mode=mode, secret=path == ZIPAPP):
@@ -24,5 +23,14 @@ def installed(pyz: bytes) -> Commands:
                 yield program("install", "-d", "-m", "0755", "-o", "root", "-g", "root", "--", LIBRARY)
             changed = True
             yield command
+
+
+@operation()
+def installed(pyz: bytes) -> Commands:
+    """The zipapp `pyz` and the launcher `quietport` are in place. Same bytes, no change."""
+    changed = False
+    for command in files_if_needed(pyz):
+        changed = True
+        yield command
     if not changed:
         host.noop("the programs are as built")

@@ -9,19 +9,23 @@ established connections pass by an earlier chain (before.rules).
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from pyinfra.api.command import PyinfraCommand
 from pyinfra.context import host
 
+from facts.files import FileState
 from facts.system import System
 from facts.ufw import Ufw
 from facts.units import Units
 from operations import gate
 from operations.common import Commands, executing, operation, program, refuse, script, warn
+from operations.files import write
 from operations.units import is_enabled
 
 MARK = "quietport: "
@@ -48,6 +52,8 @@ WANTED = (
     Rule("allow 41641/udp", "WireGuard, for direct paths"),
 )
 SSH_PORT = 22
+# What was there before the first change: for the way back (operations/undo.py).
+RECORD = "/var/lib/quietport/ufw-before.json"
 DEFAULTS = {"incoming": "deny", "outgoing": "allow", "routed": "deny"}
 _POLICIES = {"allow": "ACCEPT", "deny": "DROP"}
 _CHAINS = {"incoming": "input", "outgoing": "output", "routed": "forward"}
@@ -164,7 +170,7 @@ def changes(rules: Sequence[str], *, prune_foreign: bool, ours: Sequence[Rule] =
     return Changes(tuple(delete), tuple(add), tuple(prepend))
 
 
-def _words(rule: str) -> list[str]:
+def words_of(rule: str) -> list[str]:
     """A shown rule as arguments. Application profiles have blanks in their names and stand in quotes."""
     words: list[str] = []
     for at, part in enumerate(rule.split("'")):
@@ -172,8 +178,9 @@ def _words(rule: str) -> list[str]:
     return words
 
 
-def _delete(rule: str) -> PyinfraCommand:
-    words = _words(rule)
+def delete(rule: str) -> PyinfraCommand:
+    """The command that deletes a shown rule."""
+    words = words_of(rule)
     if words[0] == "route":
         return program("ufw", "route", "delete", *words[1:])
     return program("ufw", "delete", *words)
@@ -182,9 +189,9 @@ def _delete(rule: str) -> PyinfraCommand:
 def _rule_commands(wanted: Changes) -> list[PyinfraCommand]:
     # ufw does not insert a rule it has: one that moves goes out and comes in again at once. Connections that
     # are there live on meanwhile, and new ones from the tailnet pass by tailscaled's own chain.
-    commands = [_delete(text) for text in wanted.delete]
-    commands += [program("ufw", "prepend", *_words(rule.shown())) for rule in reversed(wanted.prepend)]
-    return commands + [program("ufw", *_words(rule.shown())) for rule in wanted.add]
+    commands = [delete(text) for text in wanted.delete]
+    commands += [program("ufw", "prepend", *words_of(rule.shown())) for rule in reversed(wanted.prepend)]
+    return commands + [program("ufw", *words_of(rule.shown())) for rule in wanted.add]
 
 
 def live_policy(direction: str, policy: str, *, family: str) -> str:
@@ -215,9 +222,12 @@ grep -qx 'IPV6=yes' "$1" || echo 'IPV6=yes' >>"$1"
 """
 
 
-def _default_commands(firewall: Mapping[str, Any], *, ipv6: bool) -> list[PyinfraCommand]:
+def default_commands(
+    firewall: Mapping[str, Any], *, ipv6: bool, wanted: Mapping[str, str] = DEFAULTS
+) -> list[PyinfraCommand]:
+    """What makes the defaults `wanted` ones, without a reload of an active ufw."""
     commands: list[PyinfraCommand] = []
-    for direction, policy in DEFAULTS.items():
+    for direction, policy in wanted.items():
         if firewall["defaults"].get(direction) == policy:
             continue
         if not firewall["active"]:
@@ -244,7 +254,7 @@ def _commands(
         present = tuple(rule for rule in ours if rule not in wanted.add + wanted.prepend)
         wanted = Changes(wanted.delete, wanted.add + present, wanted.prepend)
     commands += _rule_commands(wanted)
-    commands += _default_commands(firewall, ipv6=ipv6)
+    commands += default_commands(firewall, ipv6=ipv6)
     if not at_boot:
         commands.append(program("systemctl", "enable", SERVICE))
     if not firewall["active"]:
@@ -267,6 +277,20 @@ def not_as_wanted(*, prune_foreign: bool = False, break_glass: Sequence[str] = (
         return ["the firewall is not active"]
     left = _work(prune_foreign=prune_foreign, break_glass=break_glass)
     return ["the firewall's rules are not as wanted"] if left else []
+
+
+def record(firewall: Mapping[str, Any]) -> str:
+    """The text of RECORD, schema 1: active, defaults and ipv6 as the fact Ufw has them, and the rules."""
+    kept = {key: firewall[key] for key in ("active", "defaults", "ipv6", "rules")}
+    return json.dumps({"schema": 1, **kept}, indent=2) + "\n"
+
+
+def _remember(firewall: Mapping[str, Any]) -> Commands:
+    """Write down what a firewall was that we have never changed."""
+    if any(map(is_ours, firewall["rules"])) or host.get_fact(FileState, path=RECORD)["kind"] != "absent":
+        return
+    yield program("install", "-d", "-m", "0750", "--", str(PurePosixPath(RECORD).parent))
+    yield write(RECORD, record(firewall), mode="0640")
 
 
 @operation()
@@ -295,6 +319,7 @@ def exactly(prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> Com
     if not commands:
         host.noop("firewall: exactly as wanted")
         return
+    yield from _remember(firewall)
     yield from gate.risky(host, commands)
     if executing() and _work(prune_foreign=prune_foreign, break_glass=break_glass):
         yield refuse(

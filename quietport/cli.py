@@ -17,6 +17,7 @@ PROGRAMS = {
     "report": ("quietport.report", "write the daily report of listening sockets"),
     "sshd-wait": ("quietport.sshd_wait", "wait until the addresses sshd shall listen on are there"),
     "sshd-apply": ("quietport.sshd_apply", "apply a plan for sshd, or put everything back"),
+    "sshd-restore": ("quietport.sshd_restore", "put sshd back as the distribution ships it, in public"),
     "sshd-follow": ("quietport.sshd_follow", "keep sshd on the addresses of the tailnet"),
     "guard": ("quietport.guard.cli", "undo a change that can lock you out, unless it is confirmed"),
     "docker-user": ("quietport.docker_user", "keep the public side away from containers"),

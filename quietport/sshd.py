@@ -412,6 +412,39 @@ def redirect_includes(text: str, folder: str) -> str:
     return "\n".join(lines)
 
 
+def without_ours(files: Mapping[str, str]) -> dict[str, str]:
+    """The files as they were without us: our drop-in gone, marked lines back. A drop-in of others stays."""
+    kept = {path: restore(text) for path, text in files.items() if path != DROP_IN}
+    drop_in = files.get(DROP_IN)
+    return kept if drop_in is None or drop_in.startswith(OURS) else {**kept, DROP_IN: drop_in}
+
+
+def public_ports(files: Mapping[str, str]) -> list[int]:
+    """The ports on which sshd with these files listens for more than loopback, as far as the files tell.
+
+    A ListenAddress without a port takes every Port line; without any, all addresses do (sshd_config(5)).
+    """
+    lines = [line for line in reading_order(files) if line.args]
+    ports = [int(line.args[0]) for line in lines if line.keyword == "port" and line.args[0].isdigit()] or [
+        PORT
+    ]
+    listening = [line.args[0] for line in lines if line.keyword == "listenaddress"]
+    found: list[int] = []
+    for value in listening or ["0.0.0.0"]:  # noqa: S104
+        host, port = _host_and_port(value)
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            found += ports if port is None else [port]
+    return sorted(set(found))
+
+
+def _host_and_port(value: str) -> tuple[str, int | None]:
+    bracketed = re.match(r"^\[([^\]]*)\](?::(\d+))?$", value)
+    if bracketed:
+        return bracketed[1], int(bracketed[2]) if bracketed[2] else None
+    host, _, port = value.partition(":") if value.count(":") == 1 else (value, "", "")
+    return host, int(port) if port.isdigit() else None
+
+
 def parse_proc_net(text: str) -> dict[int, Listener]:
     """Listening TCP sockets of /proc/net/tcp or tcp6 as inode = (address, port).
 

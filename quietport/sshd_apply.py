@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from quietport import sshd
 
@@ -318,6 +318,11 @@ def candidate(host: Host, changes: Mapping[str, str | None]) -> Iterator[Path]:
 class Apply:
     """One plan on one host."""
 
+    # A power cut between two files must leave a host that answers on the tailnet after its boot: the unit's
+    # drop-in, which refuses to start a public sshd, comes when no public line is left.
+    ORDER: ClassVar[Mapping[str, int]] = {sshd.DROP_IN: 1, sshd.UNIT_DROP_IN: 2}
+    HOW = ", to keys alone"
+
     def __init__(self, plan: Plan, host: Host, *, say: Callable[[str], None]) -> None:
         self.plan = plan
         self.host = host
@@ -332,19 +337,9 @@ class Apply:
 
     def __call__(self) -> bool:
         """True when the wanted state is there. False: the old one is, and `say` told why."""
-        steps: tuple[tuple[str, Callable[[], None]], ...] = (
-            ("reading the old state", self._remember),
-            ("comparing with the plan", self._verify_unchanged),
-            ("checking the candidate", self._check_candidate),
-            ("writing the files", self._swap),
-            ("masking the sockets", self._mask),
-            ("restarting sshd", self._restart),
-            ("waiting for the listeners", self._wait_for_listeners),
-            ("reading the policy back", lambda: self._check_policy("sshd")),
-        )
         doing = ""
         try:
-            for name, action in steps:
+            for name, action in self._steps():
                 doing = name
                 action()
         except (Failed, OSError) as error:
@@ -354,8 +349,20 @@ class Apply:
         finally:
             _discard(self.spare)
         where = ", ".join(sorted(map(sshd.endpoint, self.plan.listeners)))
-        self.say(f"sshd answers on {where}, to keys alone")
+        self.say(f"sshd answers on {where}{self.HOW}")
         return True
+
+    def _steps(self) -> Sequence[tuple[str, Callable[[], None]]]:
+        return (
+            ("reading the old state", self._remember),
+            ("comparing with the plan", self._verify_unchanged),
+            ("checking the candidate", self._check_candidate),
+            ("writing the files", self._swap),
+            ("masking the sockets", self._mask),
+            ("restarting sshd", self._restart),
+            ("waiting for the listeners", self._wait_for_listeners),
+            ("reading the policy back", lambda: self._check_policy("sshd")),
+        )
 
     def _remember(self) -> None:
         for path in self.plan.files:
@@ -415,13 +422,10 @@ class Apply:
                     raise Failed(f"{what}, for {user} from {source}: {'; '.join(wrong)}")
 
     def _swap(self) -> None:
-        # A power cut between two of these must leave a host that answers on the tailnet after its boot: the
-        # unit's drop-in, which refuses to start a public sshd, comes when no public line is left.
-        order = {sshd.DROP_IN: 1, sshd.UNIT_DROP_IN: 2}
         staged: dict[str, Path | None] = {}
         try:
             # All that needs room on the disk, for the way there and the way back, before the first change.
-            for path in sorted(self.plan.files, key=lambda path: order.get(path, 0)):
+            for path in sorted(self.plan.files, key=lambda path: self.ORDER.get(path, 0)):
                 text = self.plan.files[path][1]
                 data = None if text is None else text.encode()
                 staged[path] = self.host.stage(path, replace(self.before.files[path], data=data))
@@ -654,6 +658,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(data) > MAX_PLAN_BYTES:
         print(f"sshd: the plan is larger than {MAX_PLAN_BYTES} bytes; nothing was touched")
         return 1
+    return to_the_end(lambda say: _work(data, say))
+
+
+def to_the_end(work: Callable[[Callable[[str], None]], int]) -> int:
+    """Run `work` in a session of its own, so that it ends whatever becomes of ours; returns its exit code.
+
+    It is given what says a line, to the journal and to whoever still listens.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -664,7 +676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 1
         try:
             syslog.openlog("quietport")
-            code = _work(data, _say)
+            code = work(_say)
         except BaseException as error:  # the child never returns into the caller's code
             _say(f"sshd: {type(error).__name__}: {error}")
         os._exit(code)

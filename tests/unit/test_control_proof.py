@@ -16,7 +16,7 @@ import pytest
 from control import proof, state
 from control.dial import NoAnswer
 from control.errors import ReachError
-from control.proof import prove
+from control.proof import prove, prove_public
 from control.reach import open_session, remember_tailnet
 from control.session import Result, Session
 from tests.unit.control_sshd import NEEDS_ROOT, Operator, Person, Server, free_port, keygen
@@ -257,3 +257,31 @@ def test_a_failed_proof_forgets_nothing(joined: None) -> None:
     assert os.geteuid() == 0
     failed(["127.0.0.9"])
     assert state.load("vps1") == before
+
+
+# --- the public way (deploys/undo.py) -----------------------------------------------------------------
+
+
+def test_a_public_login_is_proved_although_the_tailnet_is_known(operator: Operator, server: Server) -> None:
+    operator.host(address="127.0.0.2", port=server.port)
+    remember_tailnet("vps1", ["127.0.0.1"])
+    done = prove_public("vps1")
+    assert done.ok, done.sentence
+    assert done.sentence == "vps1: a new key login at the public address (127.0.0.2) was accepted by sshd."
+    assert done.session is not None
+    assert (done.session.way, done.session.auth, done.session.alive) == ("public", "publickey", True)
+    done.session.close()
+
+
+def test_a_public_address_that_is_the_tailnets_proves_nothing(joined: None) -> None:
+    done = prove_public("vps1")
+    assert (done.ok, done.session) == (False, None)
+    assert "the login at ::1 arrived at ::1, which is no public address of the host" in done.sentence
+
+
+def test_no_public_login_without_a_key_or_a_server(operator: Operator, server: Server, person: Person) -> None:
+    operator.host(address="127.0.0.2", port=free_port())
+    assert "Connection refused" in prove_public("vps1").sentence
+    operator.key.rename(operator.home / "not-offered")
+    operator.host(address="127.0.0.2", port=server.port, user=person.name, login_password="env:QPT_PASSWORD")
+    assert "refused the login" in prove_public("vps1").sentence

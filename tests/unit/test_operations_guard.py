@@ -195,9 +195,11 @@ def test_the_policy_is_read_before_it_is_confirmed(
         order.append(f"{what} over {len(host.sessions)} new, confirmed {len(proofs['confirmed'])}")
         return []
 
-    monkeypatch.setattr(proven.sshd, "not_as_wanted", lambda user: not_as_wanted(f"sshd of {user}"))
-    monkeypatch.setattr(proven.ufw, "not_as_wanted", lambda *, prune_foreign: not_as_wanted("ufw"))
-    assert proven._prove(None, host, "admin", False)  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        proven.sshd, "not_as_wanted", lambda user, *, break_glass: not_as_wanted(f"sshd of {user}")
+    )
+    monkeypatch.setattr(proven.ufw, "not_as_wanted", lambda **options: not_as_wanted("ufw"))
+    assert proven._prove(None, host, "admin", False, [])  # type: ignore[arg-type]
     assert order == ["sshd of admin over 1 new, confirmed 0", "ufw over 1 new, confirmed 0"]
     assert len(proofs["confirmed"]) == 1
 
