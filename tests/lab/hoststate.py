@@ -28,6 +28,8 @@ BY_CHANCE = re.compile(
     r"|/etc/(passwd|group|shadow|gshadow|subuid|subgid)-$"
     r"|/etc/docker/key\.json$"
     r"|/root/\.(cache|docker)(/|$)"
+    # One of each guard, confirmed or not.
+    r"|/var/lib/quietport/guard/history/"
 )
 # A path that is there on one host and not on the other is a difference, but for these.
 PATHS_BY_CHANCE = re.compile(
@@ -35,6 +37,7 @@ PATHS_BY_CHANCE = re.compile(
     r"|/var/(cache|log)/"
     r"|/var/lib/(apt|dpkg|docker|containerd|tailscale|systemd|private|ucf|logrotate|ufw|AccountsService)/"
     r"|/run/(?!quietport)"
+    r"|/var/lib/quietport/guard/history/"
     r"|/(usr/share|usr/lib|usr/include|usr/src)/"
     r"|/root/\.(cache|docker)(/|$)"
     r"|(/var)?/tmp/systemd-private-"
