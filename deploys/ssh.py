@@ -7,7 +7,7 @@ from pyinfra.context import host
 
 from control.settings import HostSettings
 from facts.tailnet import Tailnet
-from operations import sshd
+from operations import opened, sshd
 from operations.common import unknown_yet
 
 
@@ -30,3 +30,9 @@ def ssh(settings: HostSettings) -> None:
         users=["root", *settings.agents],
         break_glass=list(networks),
     )
+
+
+@deploy("ssh: opened")
+def not_opened(settings: HostSettings) -> None:
+    """Once all is proven: what `quietport open` left on the host is gone."""
+    opened.forgotten(name="ssh: not opened by hand any more")

@@ -12,7 +12,7 @@ from pyinfra.context import host
 from control import zipapp
 from control.settings import settings_for
 from deploys.firewall import DROP_IN
-from operations import files, guard, lock, publicly, sshd, timers, ufw, undo
+from operations import files, guard, lock, opened, publicly, sshd, timers, ufw, undo
 
 settings = settings_for(host.name)
 
@@ -23,6 +23,7 @@ undo.firewall_opened(name="undo: the firewall lets everybody at sshd's ports")
 undo.sshd_as_shipped(name="undo: sshd as the distribution ships it, in public", login_user=settings.user)
 undo.firewall_as_before(name="undo: the firewall without our rules")
 publicly.stays(name="undo: a new public login proves it, the guard is disarmed")
+opened.forgotten(name="undo: not opened by hand any more")
 undo.unit_gone(name="undo: our part of ufw.service gone", unit="ufw.service", files=[DROP_IN])
 undo.unit_gone(name="undo: the follower gone", unit=sshd.FOLLOWER, files=list(sshd.FOLLOWER_FILES))
 timers.no_others(name="undo: our timers gone", units=[])

@@ -18,7 +18,7 @@ from deploys.preflight import preflight
 from deploys.programs import closed, programs
 from deploys.proof import proof
 from deploys.secrets import secrets
-from deploys.ssh import follower, ssh
+from deploys.ssh import follower, not_opened, ssh
 from deploys.tailscale import tailscale
 from deploys.timers import timers
 from deploys.users import users
@@ -39,3 +39,4 @@ firewall(settings=settings)
 ssh(settings=settings)
 proof(settings=settings)
 closed(settings=settings)
+not_opened(settings=settings)

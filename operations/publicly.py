@@ -33,6 +33,8 @@ def opening(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
 
 def risky(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
     """Yield the proof of the public way, then `opening` of `commands`, which may close the tailnet's."""
+    # Before the first command, where a plan ends.
+    guard.will_be_armed(host.name)
     yield FunctionCommand(_pass_gate, (), {})
     yield from opening(host, commands)
 

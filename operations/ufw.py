@@ -27,8 +27,8 @@ from operations import gate
 from operations.common import Commands, executing, operation, program, refuse, script, warn
 from operations.files import write
 from operations.units import is_enabled
+from quietport.ufw_rules import bare, is_ours, shown, traffic, words_of
 
-MARK = "quietport: "
 DEFAULTS_FILE = "/etc/default/ufw"
 SERVICE = "ufw.service"
 
@@ -42,7 +42,7 @@ class Rule:
 
     def shown(self) -> str:
         """As `ufw show added` prints it (parser.py get_command)."""
-        return f"{self.text} comment '{MARK}{self.why}'"
+        return shown(self.text, self.why)
 
 
 # tailscaled's own chain lets the tailnet in before ufw sees it; the rule is for the day it does not.
@@ -63,13 +63,13 @@ def rules_for(break_glass: Sequence[str] = (), *, ipv6: bool = True) -> tuple[Ru
     """The rules of a host: ours, and one for each network of `break_glass`, if the host has its family."""
     networks = [ipaddress.ip_network(text) for text in break_glass]
     return WANTED + tuple(
-        Rule(f"allow from {_shown(network)} to any port {SSH_PORT} proto tcp", "break-glass, ssh")
+        Rule(f"allow from {_named(network)} to any port {SSH_PORT} proto tcp", "break-glass, ssh")
         for network in networks
         if network.version == 4 or ipv6
     )
 
 
-def _shown(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> str:
+def _named(network: ipaddress.IPv4Network | ipaddress.IPv6Network) -> str:
     """A network as `ufw show added` has it (util.py normalize_address): by inet_ntop, a lone address bare."""
     family = socket.AF_INET if network.version == 4 else socket.AF_INET6
     address = socket.inet_ntop(family, network.network_address.packed)
@@ -98,22 +98,6 @@ class Changes:
 
     def __bool__(self) -> bool:
         return bool(self.delete or self.add or self.prepend)
-
-
-def bare(rule: str) -> str:
-    """A shown rule without its comment: what `ufw delete` takes."""
-    return rule.partition(" comment '")[0]
-
-
-def is_ours(rule: str) -> bool:
-    """Whether a shown rule carries our mark."""
-    return f" comment '{MARK}" in rule
-
-
-def traffic(rule: str) -> str:
-    """What a rule is about, whatever it does with it: ufw keeps one rule for that, the last one given."""
-    _, *words = bare(rule).split()
-    return " ".join(word for word in words if word not in ("log", "log-all"))
 
 
 def contradicting(rules: Sequence[str], ours: Sequence[Rule] = WANTED) -> list[str]:
@@ -168,14 +152,6 @@ def changes(rules: Sequence[str], *, prune_foreign: bool, ours: Sequence[Rule] =
             # ufw replaces a rule that differs in its comment alone, in its place.
             add.append(rule)
     return Changes(tuple(delete), tuple(add), tuple(prepend))
-
-
-def words_of(rule: str) -> list[str]:
-    """A shown rule as arguments. Application profiles have blanks in their names and stand in quotes."""
-    words: list[str] = []
-    for at, part in enumerate(rule.split("'")):
-        words += [part] if at % 2 else part.split()
-    return words
 
 
 def delete(rule: str) -> PyinfraCommand:

@@ -37,6 +37,7 @@ from operations.units import UNIT_FOLDER
 from quietport import sshd
 from quietport.hostfile import HOST_JSON
 from quietport.sshd_restore import WRITTEN
+from quietport.ufw_rules import MARK, bare, is_ours, words_of
 
 WAY_IN = "undo, the way in"
 # Hosts on which this run has put sshd back, or would, were it no dry run.
@@ -85,13 +86,13 @@ def way_in(ports: Iterable[int]) -> tuple[ufw.Rule, ...]:
 
 def opening(rules: Sequence[str], ports: Iterable[int]) -> list[ufw.Rule]:
     """The rules to add so that strangers reach the ports. One of somebody else's that does it is left."""
-    present = {ufw.bare(rule) for rule in rules}
-    return [rule for rule in way_in(ports) if rule.text not in present]
+    foreign = {bare(rule) for rule in rules if not is_ours(rule)}
+    return [rule for rule in way_in(ports) if rule.text not in foreign and rule.shown() not in rules]
 
 
 def contradicting(rules: Sequence[str], ports: Iterable[int]) -> list[str]:
     """Rules of others about just these ports that close them. ufw would replace them."""
-    return [rule for rule in ufw.contradicting(rules, way_in(ports)) if not ufw.is_ours(rule)]
+    return [rule for rule in ufw.contradicting(rules, way_in(ports)) if not is_ours(rule)]
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def closing(
     It is switched off only when it is known to have been off. Otherwise it goes on, with the way in: what it
     keeps away besides ssh was perhaps kept away before.
     """
-    ours = [rule for rule in firewall["rules"] if ufw.is_ours(rule)]
+    ours = [rule for rule in firewall["rules"] if is_ours(rule)]
     commands: list[PyinfraCommand] = []
     if before.known and not before.active:
         if firewall["active"]:
@@ -136,7 +137,7 @@ def closing(
     else:
         # While it is off they would say nothing, and are taken away with the rest.
         stay = {rule.shown() for rule in way_in(ports)} if firewall["active"] else set()
-    commands += [ufw.delete(ufw.bare(rule)) for rule in ours if rule not in stay]
+    commands += [ufw.delete(bare(rule)) for rule in ours if rule not in stay]
     if before.defaults:
         state = {**firewall, "active": firewall["active"] and before.active}
         commands += ufw.default_commands(state, ipv6=ipv6, wanted=before.defaults)
@@ -155,7 +156,7 @@ def _ports() -> list[int]:
 def anything_left() -> list[str]:
     """What of the project's closes this host still, a phrase each; empty when it is public."""
     rules = host.get_fact(Ufw)["rules"]
-    marked = [rule for rule in rules if ufw.is_ours(rule) and not rule.endswith(f"'{ufw.MARK}{WAY_IN}'")]
+    marked = [rule for rule in rules if is_ours(rule) and not rule.endswith(f"'{MARK}{WAY_IN}'")]
     return of_sshd(look()) + [f"ufw has {rule}" for rule in marked]
 
 
@@ -183,11 +184,16 @@ def firewall_opened() -> Commands:
     if against:
         yield refuse(
             f"the firewall has {'; '.join(against)}, which is not ours and keeps everybody from the public "
-            f"way. Remove it on the host (`ufw delete {ufw.bare(against[0])}`), then run again."
+            f"way. Remove it on the host (`ufw delete {bare(against[0])}`), then run again."
         )
         return
-    # First, so that no rule before them closes what they open.
-    commands = [program("ufw", "prepend", *ufw.words_of(rule.shown())) for rule in reversed(missing)]
+    # First, so that no rule before them closes what they open. One of ours that says the same for another
+    # reason (`quietport open`) gets the new reason in its place.
+    present = {bare(rule) for rule in firewall["rules"]}
+    commands = [
+        program("ufw", *([] if rule.text in present else ["prepend"]), *words_of(rule.shown()))
+        for rule in reversed(missing)
+    ]
     yield from publicly.opening(host, commands)
 
 

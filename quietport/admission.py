@@ -24,6 +24,9 @@ LOCK_WAIT_S = "5"
 # What arrives there comes from the host itself, its containers, or the tailnet.
 INSIDE = ("lo", TAILNET_INTERFACE, "docker0", "br-+")
 _NEW = frozenset({"NEW"})
+_FOR_US = frozenset({"LOCAL", "UNICAST"})
+# The kernel refuses loops of chains; a text need not.
+_DEEPEST = 20
 _TCP = ("tcp", "6", "all", "0")
 
 
@@ -84,7 +87,7 @@ def _rule(text: str, words: Sequence[str]) -> _Rule:
         if option == "-j":
             target = value
             break  # what follows are the target's own options
-        if option in ("-i", "-p", "-s", "--dport", "--ctstate"):
+        if option in ("-i", "-p", "-s", "--dport", "--ctstate", "--dst-type"):
             matches[option] = (value, negated)
         if word.startswith("-"):
             negated = False
@@ -123,6 +126,35 @@ def openings(text: str, *, port: int, networks: Iterable[str] = ()) -> list[str]
     return list(dict.fromkeys(found))
 
 
+def lets_strangers_in(text: str, *, port: int) -> bool:
+    """Whether a stranger really gets to this TCP port: of rules that may match, the first decides.
+
+    Judged on the other side of caution than `openings`: a rule that may drop it does, but for one that is
+    about single sources.
+    """
+    table = _parse(text)
+    return _decision(table, "INPUT", port=port, depth=0) == "ACCEPT"
+
+
+def _decision(table: _Table, chain: str, *, port: int, depth: int) -> str:
+    """ACCEPT or DROP, or "" for a chain of users that does not decide."""
+    for rule in table.chains.get(chain, ()) if depth < _DEEPEST else ():
+        if not _lets_stranger_pass(rule, port=port, allowed=()):
+            continue
+        source, negated = rule.matches.get("-s", ("", False))
+        if rule.target in ("ACCEPT", "DROP", "REJECT"):
+            if not source or negated:
+                return "ACCEPT" if rule.target == "ACCEPT" else "DROP"
+        elif rule.target == "RETURN":
+            if not source:
+                break
+        elif rule.target in table.chains and not source:
+            decided = _decision(table, rule.target, port=port, depth=depth + 1)
+            if decided:
+                return decided
+    return {"ACCEPT": "ACCEPT"}.get(table.policies[chain], "DROP") if chain in table.policies else ""
+
+
 def _lets_stranger_pass(rule: _Rule, *, port: int, allowed: Sequence[Network]) -> bool:
     """Whether a stranger's first packet to the port may match the rule."""
     tests = {
@@ -131,6 +163,8 @@ def _lets_stranger_pass(rule: _Rule, *, port: int, allowed: Sequence[Network]) -
         "-s": lambda value: not _within(value, allowed),
         "--dport": lambda value: _names(value, port),
         "--ctstate": lambda value: bool(_NEW & set(value.upper().split(","))),
+        # What is for the host itself is neither broadcast nor multicast.
+        "--dst-type": lambda value: bool(_FOR_US & set(value.upper().split(","))),
     }
     for option, (value, negated) in rule.matches.items():
         if not negated and not tests[option](value):

@@ -15,6 +15,8 @@ from quietport.errors import UNKNOWN, USAGE, HostProgramError, printable
 PROGRAMS = {
     "ports": ("quietport.ports_cli", "what listens, who can reach it, and whether that may be"),
     "report": ("quietport.report", "write the daily report of listening sockets"),
+    "open": ("quietport.open", "sshd in public, to keys alone, now: for a provider's console"),
+    "close": ("quietport.close", "the end of open, when the tailnet works"),
     "sshd-wait": ("quietport.sshd_wait", "wait until the addresses sshd shall listen on are there"),
     "sshd-apply": ("quietport.sshd_apply", "apply a plan for sshd, or put everything back"),
     "sshd-restore": ("quietport.sshd_restore", "put sshd back as the distribution ships it, in public"),

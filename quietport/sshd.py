@@ -344,6 +344,15 @@ def with_addresses(text: str, addresses: Iterable[str]) -> str:
     Never without such a line, which would mean every address. For a text of `render` it is what `render`
     makes of the other addresses, byte for byte.
     """
+    return _with_lines(text, _listen_lines(addresses))
+
+
+def with_public(text: str, public: Iterable[Listener]) -> str:
+    """The drop-in `text` with the listeners `public` in place of its ListenAddress lines, the rest as is."""
+    return _with_lines(text, [f"ListenAddress {endpoint(listener)}" for listener in public])
+
+
+def _with_lines(text: str, listen: list[str]) -> str:
     lines = text.split("\n")
     parsed = parse(DROP_IN, text)
     old = {line.index for line in parsed if line.keyword == "listenaddress"}
@@ -352,7 +361,7 @@ def with_addresses(text: str, addresses: Iterable[str]) -> str:
     at = min(old, default=(ports[0] if ports else 0) + 1)
     before = [line for index, line in enumerate(lines[:at]) if index not in old]
     after = [line for index, line in enumerate(lines[at:], start=at) if index not in old]
-    return "\n".join([*before, *_listen_lines(addresses), *after])
+    return "\n".join([*before, *listen, *after])
 
 
 def parse_effective(text: str) -> dict[str, list[str]]:

@@ -8,8 +8,9 @@ Those addresses are the ones that tailscale0 has today: where our drop-in names 
 date first, as `quietport sshd-follow` does it while sshd runs. So every start of sshd is one on the addresses
 of that moment, also when the follower is dead.
 
-On every address sshd is started only where that was declared (break-glass) and ufw keeps strangers out. Else
-our own drop-in goes back to the tailnet's addresses: never in public, and never without a way in for that.
+On every address sshd is started only where that was declared (break-glass) and ufw keeps strangers out, or
+where it was opened by hand. Else our own drop-in goes back to the tailnet's addresses: never in public, and
+never without a way in for that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from quietport import admission, sshd, sshd_follow
+from quietport import admission, opened, sshd, sshd_follow
 from quietport.commands import output_of
 from quietport.errors import FINE, PROBLEM, HostProgramError, printable
 from quietport.hostfile import HOST_JSON, PUBLIC_SSHD, host_settings
@@ -148,6 +149,8 @@ class CatchUp:
 
 def why_not_public() -> str:
     """Why sshd may not listen on every address, as a sentence; "" when it may."""
+    if opened.read() is not None:
+        return ""
     try:
         if host_settings().get(PUBLIC_SSHD) is not True:
             return f"{HOST_JSON} does not say that it may (break_glass_cidrs)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quietport import admission
+from quietport import admission, opened
 from quietport.commands import output_of
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_NETWORKS, PUBLIC_SSHD, host_settings
@@ -28,6 +28,9 @@ def survey() -> list[Judged]:
 
 def _public_sshd() -> PublicSshd | None:
     """What host.json and the firewall say of an sshd on every address; None where none is declared."""
+    note = opened.read()
+    if note is not None:
+        return PublicSshd(f"sshd was {note.sentence()}. `quietport close` closes it.")
     declared = host_settings()
     if declared.get(PUBLIC_SSHD) is not True:
         return None

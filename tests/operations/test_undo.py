@@ -118,6 +118,11 @@ def test_the_public_way_is_opened_before_anything_is_proven() -> None:
     assert some[1].connector_arguments["_timeout"] == 120
 
 
+def test_what_was_opened_by_hand_stays_open_for_the_new_reason() -> None:
+    rules = ["allow 2222/tcp comment 'quietport: opened by hand'", *MARKED]
+    assert told(commands(undo.firewall_opened, facts(ufw_state=firewall(rules)))) == ["arm", f"ufw {WAY_IN}"]
+
+
 def test_sshd_is_put_back_by_the_host_itself() -> None:
     some = commands(undo.sshd_as_shipped, facts(), login_user="admin")
     assert told(some) == ["arm", "/usr/local/sbin/quietport sshd-restore --user admin --port 2222"]
@@ -162,6 +167,15 @@ def test_the_programs_are_brought_only_where_they_are_needed() -> None:
     assert commands(undo.programs_ready, found, pyz=b"x")
 
 
+@pytest.mark.parametrize("operation", [undo.firewall_opened, undo.firewall_as_before])
+def test_a_plan_that_ends_at_the_first_command_knows_of_the_proof(operation: Any) -> None:
+    state = FakeState()
+    with ctx_state.use(state), ctx_host.use(create_host(state, facts=facts())):
+        assert list(publicly.stays._inner()) == []
+        next(operation._inner())
+        assert told(list(publicly.stays._inner())) == ["_prove"]
+
+
 def test_the_way_is_forgotten_where_sshd_was_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     commands(undo.sshd_as_shipped, facts(), login_user="root")
     assert told(commands(undo.way_forgotten, facts())) == ["_forget_way"]
@@ -177,6 +191,7 @@ def test_the_way_is_forgotten_where_sshd_was_put_back(monkeypatch: pytest.Monkey
         (["allow 22/tcp"], ["allow 2222/tcp"]),
         (["allow 22/tcp comment 'mine'", WAY_IN], []),
         (["limit 22/tcp", "allow 22"], ["allow 22/tcp", "allow 2222/tcp"]),
+        (["allow 22/tcp comment 'quietport: opened by hand'", WAY_IN], ["allow 22/tcp"]),
     ],
 )
 def test_what_opens_the_ports(rules: list[str], missing: list[str]) -> None:

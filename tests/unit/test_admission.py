@@ -171,3 +171,44 @@ def test_a_source_is_no_opening_exactly_when_it_is_inside(allowed: list[str], so
 def test_whatever_iptables_prints_is_read(text: str) -> None:
     openings(text, port=22)
     closed_by_default(text)
+
+
+# --- whether a stranger gets in -----------------------------------------------------------------------
+
+SSH = "-p tcp -m tcp --dport 22"
+
+
+@pytest.mark.parametrize(
+    ("rules", "gets_in"),
+    [
+        ("", False),
+        (f"-A ufw-user-input {SSH} -j ACCEPT", True),
+        (FROM_OFFICE, False),
+        (f"-A ufw-user-input {SSH} -j DROP\n-A ufw-user-input {SSH} -j ACCEPT", False),
+        (f"-A ufw-user-input {SSH} -j ACCEPT\n-A ufw-user-input {SSH} -j DROP", True),
+        (f"-A ufw-user-input -s 198.51.100.7/32 -j DROP\n-A ufw-user-input {SSH} -j ACCEPT", True),
+        (f"-A ufw-user-input -j RETURN\n-A ufw-user-input {SSH} -j ACCEPT", False),
+        (f"-A ufw-user-input {SSH} -j ufw-user-limit-accept", True),
+        (f"-A ufw-user-input -p tcp -m multiport --dports 80,443 -j DROP\n-A INPUT {SSH} -j ACCEPT", True),
+    ],
+)
+def test_the_first_rule_that_may_match_decides(rules: str, *, gets_in: bool) -> None:
+    assert admission.lets_strangers_in(f"{BEFORE}{rules}\n", port=22) is gets_in
+
+
+def test_a_filter_that_is_empty_or_cannot_be_read() -> None:
+    assert admission.lets_strangers_in("-P INPUT ACCEPT\n", port=22)
+    assert not admission.lets_strangers_in("-P INPUT DROP\n", port=22)
+    assert not admission.lets_strangers_in("", port=22)
+
+
+def test_chains_that_lead_to_each_other_end() -> None:
+    text = "-P INPUT ACCEPT\n-N a\n-N b\n-A INPUT -j a\n-A a -j b\n-A b -j a\n"
+    assert admission.lets_strangers_in(text, port=22)
+
+
+@given(st.lists(st.sampled_from(BEFORE.splitlines()), max_size=12), st.booleans())
+def test_who_gets_in_is_let_in_by_something(lines: list[str], opened: bool) -> None:
+    text = "\n".join([*lines, *([f"-A INPUT {SSH} -j ACCEPT"] if opened else [])])
+    if admission.lets_strangers_in(text, port=22):
+        assert openings(text, port=22) != []

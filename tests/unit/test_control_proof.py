@@ -279,7 +279,9 @@ def test_a_public_address_that_is_the_tailnets_proves_nothing(joined: None) -> N
     assert "the login at ::1 arrived at ::1, which is no public address of the host" in done.sentence
 
 
-def test_no_public_login_without_a_key_or_a_server(operator: Operator, server: Server, person: Person) -> None:
+def test_no_public_login_without_a_key_or_a_server(
+    operator: Operator, server: Server, person: Person
+) -> None:
     operator.host(address="127.0.0.2", port=free_port())
     assert "Connection refused" in prove_public("vps1").sentence
     operator.key.rename(operator.home / "not-offered")
