@@ -41,7 +41,7 @@ QUICK: Mapping[str, Any] = {"docker_source": "none", "secrets": {}}
 # What a run with a fault takes at most, on a machine that does much else: other hosts go on to their end.
 BOUND_S = 900
 # A silently cut link is known after 60 s (control/session.py); this machine may be busy.
-NOTICED_S = 150
+NOTICED_S = 400
 AS_IT_WAS, PRIVATE = "as it was", "private"
 # What the page says of a fault at a random operation: which of them it is depends on the operation.
 EITHER = "as it was, or private"
