@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from lab import network, targets
-from lab.process import run
+from lab.process import LabError, run
 from lab.state import Run, Target
 from lab.tailnet import Tailnet
 
@@ -135,3 +136,18 @@ def control_server_silent(tailnet: Tailnet) -> Iterator[None]:
         yield
     finally:
         os.kill(process, signal.SIGCONT)
+
+
+def take_ipv4(tailnet: Tailnet, name: str) -> None:
+    """The node of that name has an IPv6 address alone from now on, also after a reboot.
+
+    The control server is away for seconds: no command of it changes addresses, so its file is written to.
+    """
+    with (
+        control_server_down(tailnet),
+        closing(sqlite3.connect(tailnet.directory / "db.sqlite")) as database,
+        database,
+    ):
+        done = database.execute("UPDATE nodes SET ipv4 = NULL WHERE given_name = ?", (name,))
+        if done.rowcount != 1:
+            raise LabError(f"The tailnet has {done.rowcount} nodes of the name {name!r}.")
