@@ -22,6 +22,7 @@ import pytest
 from lab.up import Wanted
 from tests.lab import record, table, variants
 from tests.lab.checks import CHECKS
+from tests.lab.guarded import Guarded
 from tests.lab.story import TOLD, Lab, in_ci
 from tests.lab.tale import Tale, tell
 
@@ -275,6 +276,23 @@ def blank(
         lab.collect()
     else:
         lab.down()
+
+
+@pytest.fixture(scope="session")
+def guarded(stories: Stories, request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Guarded]:
+    """A lab of its own with hosts whose addresses change, and hosts under a guard; their stories begin."""
+    told = Guarded(Lab.new("guarded"))
+    try:
+        told.begin()
+        yield told
+    except BaseException:
+        told.lab.collect()
+        raise
+    tests = [item for item in request.session.items if "guarded" in getattr(item, "fixturenames", ())]
+    if any(item.stash.get(FAILED, False) for item in tests):
+        told.lab.collect()
+    else:
+        told.lab.down()
 
 
 @pytest.fixture
