@@ -28,7 +28,9 @@ MADE: Mapping[str, tuple[str, tuple[str, ...]]] = {
     GUARD: ("bookworm", ()),
     SOCKETS: ("trixie", ("ssh-socket",)),
 }
-QUICK: Mapping[str, Any] = {"docker_source": "none", "secrets": {}, "guard_timeout": 60}
+QUICK: Mapping[str, Any] = {"docker_source": "none", "secrets": {}}
+# Of the host whose converge is killed, which then waits for it.
+GUARD_TIMEOUT_S = 60
 # What a rollback may take after its time: two tries with sshd on a busy machine.
 ROLLBACK_S = 60
 # A change by hand that a guard is to undo: firewall, sshd's files, and what sshd has read.
@@ -93,7 +95,8 @@ class Guarded:
 
     def tell(self) -> None:
         """All stories, at the same time."""
-        self.hosts = Hosts.of(self.lab, "guarded", every=QUICK)
+        killed = {self.names[SOCKETS]: {"guard_timeout": GUARD_TIMEOUT_S}}
+        self.hosts = Hosts.of(self.lab, "guarded", every=QUICK, **killed)
         self.sockets = Chapters(self.chapters_of_sockets(), name="guard: ssh.socket").start()
         self.follow = Chapters(self.chapters_of_follow(), name="follow").start()
         self.guard = Chapters(self.chapters_of_guard(), name="guard").start()
@@ -499,7 +502,7 @@ class Guarded:
             running.kill()
         assert not reachable(host.target, places), "the control: it was private"
         token = host.status()["armed"]["token"]
-        end = host.end_of(token, within=QUICK["guard_timeout"] + ROLLBACK_S)
+        end = host.end_of(token, within=GUARD_TIMEOUT_S + ROLLBACK_S)
         assert (end["how"], end["why"]) == ("rolled back", "timeout"), end
         assert changes(before, ssh_and_firewall(self.lab, host.name)) == []
         assert host.inside(units) == units_before
