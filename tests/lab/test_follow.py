@@ -31,7 +31,8 @@ def test_sshd_answers_on_the_tailnet_again(guarded: Guarded, what: str) -> None:
 def test_nothing_of_it_was_seen_in_public(guarded: Guarded) -> None:
     guarded.follow[FOLLOWED[-1]]
     assert set(guarded.tries) == set(FOLLOWED)
-    assert all(tries > 50 for tries in guarded.tries.values()), guarded.tries
+    # A try takes most of a second, since nobody answers it.
+    assert all(tries >= 5 for tries in guarded.tries.values()), guarded.tries
 
 
 def test_a_converge_then_changes_nothing(guarded: Guarded) -> None:
