@@ -144,6 +144,16 @@ class Converge:
             self._process.send_signal(signal.SIGKILL)
         self._process.wait()
 
+    def freeze(self) -> None:
+        """SIGSTOP, as a laptop that sleeps; harmless when it ended."""
+        if self.running:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT: it goes on as if no time had passed."""
+        if self.running:
+            self._process.send_signal(signal.SIGCONT)
+
     def finish(self, timeout: float) -> Done:
         """Wait for its end and tell how it went. Taking longer than `timeout` seconds fails the test."""
         try:
