@@ -8,13 +8,14 @@ LAB := $(PY) -m lab
 
 # These targets use a lab run (QUIETPORT_LAB_RUN, else `default`), never your own hosts: see `lab-hosts`.
 
-.PHONY: help venv demo test test-all lint types programs unit fixtures kills docs-table bench lock lab-up lab-down
+.PHONY: help venv demo test test-all lint types programs unit fixtures kills chaos docs-table bench lock lab-up lab-down
 .PHONY: lab-hosts
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
 	@echo "make test-all          the same, VMs with Debian 12, and each variant on Debian 12"
 	@echo "make kills N= SEED=    the converge killed N times, and what came of each host"
+	@echo "make chaos FAULTS= SEED=  faults while the operator could be locked out, and what came of each"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
 	@echo "make bench [HOSTS=10]  what ten hosts cost against one, into docs/benchmarks.md"
 	@echo "make venv lint types unit fixtures docs-table lock"
@@ -53,6 +54,13 @@ test-all: test
 kills: venv
 	@$(PYTHON3) -m lab.bootstrap lab --target container
 	@$(PY) -m tests.lab.kills --kills $(N) --seed $(SEED) --json build/kills-$(SEED).json
+
+# What --only does again is one fault of the table.
+chaos: SEED = 5
+chaos: FAULTS ?= 36
+chaos: venv
+	@$(PYTHON3) -m lab.bootstrap lab --target container
+	@$(PY) -m tests.lab.lockout --faults $(FAULTS) --seed $(SEED) --json build/chaos-$(SEED).json
 
 lab-up: venv
 	@$(PYTHON3) -m lab.bootstrap lab --target $(TARGET)
