@@ -70,7 +70,9 @@ class Errors(logging.Handler):
         told = [text for text in texts if _REASON.match(text)]
         # pyinfra's own line after a failure names the count of its commands, and no reason.
         other = [text for text in texts if not text.startswith("Error: executed ")]
-        return " ".join([*(told or other or texts or [""])[-1:], *(text.capitalize() for text in undone)])
+        # Not str.capitalize, which makes the rest lower-case: names of programs and of files are in it.
+        sentences = [f"{text[:1].upper()}{text[1:]}" for text in undone]
+        return " ".join([*(told or other or texts or [""])[-1:], *sentences])
 
 
 def outcomes(state: State, errors: Errors) -> list[Outcome]:
