@@ -12,7 +12,7 @@ errors = Errors()
 errors.of["web"] = [
     "web: failed: the connection is lost.",
     "Error: executed 2 commands",
-    "web: undone: whether it was undone is not known: web does not answer as SSH. Look at `ufw`. The host knows.",
+    "web: undone: whether it was undone is not known: web does not answer as SSH. See `ufw`.",
 ]
 print(errors.reason("web"))
 """
@@ -24,5 +24,5 @@ def test_what_became_of_a_change_is_a_sentence_of_its_own_with_names_as_they_are
     )
     assert done.stdout.strip() == (
         "failed: the connection is lost. Whether it was undone is not known: web does not answer as SSH. "
-        "Look at `ufw`. The host knows."
+        "See `ufw`."
     )
