@@ -71,7 +71,12 @@ def arm(state: State, host: Host, timeout_s: int, over: Way = "tailnet") -> bool
     ok, output = host.run_shell_command(command, print_output=False, _timeout=ARM_TIMEOUT_S)
     if not ok:
         if isinstance(output, Unanswered):
-            return fail(host, output.sentence)
+            # It may be armed there, with a token nobody here knows; no risky command was run.
+            return fail(
+                host,
+                f"{output.sentence} Nothing was changed; a guard that was armed all the same ends by itself "
+                f"within {timeout_s} s.",
+            )
         said = guard.last_line(output.stdout.encode(), output.stderr.encode())
         return fail(host, f"{said.removeprefix('quietport guard: ')} Then run again; nothing was changed.")
     armed = guard.parse_armed(output.stdout, now=began)

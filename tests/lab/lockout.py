@@ -32,7 +32,7 @@ from lab.process import LabError, say
 from lab.state import Target
 from lab.tailnet import Tailnet
 from tests.lab.interrupt import Converge
-from tests.lab.lockplan import STAYS, UNDONE, UNKNOWN, Round, Seen, plan, turns, verdict, wrong_words
+from tests.lab.lockplan import NOTHING, STAYS, UNDONE, UNKNOWN, Round, Seen, plan, turns, verdict, wrong_words
 from tests.lab.record import plain
 from tests.lab.story import BIN, DEPLOY, Done, Hosts, Lab, canary, reachable
 
@@ -592,7 +592,7 @@ def closing(done: Done, name: str) -> str:
 
 def sentences(said: Sequence[str]) -> str:
     """What the user is told of the change, for the table: the closing words, which are few."""
-    words = {text for text in (UNDONE, STAYS, UNKNOWN) if any(text in one.lower() for one in said)}
+    words = {text for text in (UNDONE, STAYS, UNKNOWN, NOTHING) if any(text in one.lower() for one in said)}
     told = " / ".join(f"{text[0].upper()}{text[1:]}" for text in sorted(words))
     return told or "nothing: the run goes through, or it is gone, and the host acts by itself"
 

@@ -137,6 +137,8 @@ def verdict(seen: Seen) -> str:
 UNDONE = "the change was undone by the host's guard"
 STAYS = "the change was confirmed and stays"
 UNKNOWN = "whether the change was undone is not known"
+# Refused, or cut off, while the guard was being armed.
+NOTHING = "nothing was changed"
 
 
 def wrong_words(*, code: int, said: str, state: str, armed: bool) -> list[str]:
@@ -149,8 +151,10 @@ def wrong_words(*, code: int, said: str, state: str, armed: bool) -> list[str]:
         found.append(f"exit code 0, and the state is {state}")
     if UNDONE in lower and state != "old":
         found.append(f"it says that the change was undone, and the state is {state}")
+    if NOTHING in lower and state != "old":
+        found.append(f"it says that nothing was changed, and the state is {state}")
     if STAYS in lower and state != "new":
         found.append(f"it says that the change stays, and the state is {state}")
-    if code != 0 and armed and not any(words in lower for words in (UNDONE, STAYS, UNKNOWN)):
+    if code != 0 and armed and not any(words in lower for words in (UNDONE, STAYS, UNKNOWN, NOTHING)):
         found.append("it does not say what became of the change")
     return found

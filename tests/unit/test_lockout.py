@@ -75,6 +75,8 @@ def test_the_judge(seen: Seen, wanted: str) -> None:
         (1, UNKNOWN, "old", True, False),
         (1, UNKNOWN, "new", True, False),
         (1, "quietport: k1 did not converge: failed", "old", True, True),
+        (1, "quietport: k1 did not converge: cut. Nothing was changed; more", "old", True, False),
+        (1, "quietport: k1 did not converge: cut. Nothing was changed; more", "new", True, True),
         (1, "quietport: k1 did not converge: failed", "old", False, False),
         (1, "quietport: k1 did not converge: failed", "new", False, True),
     ],

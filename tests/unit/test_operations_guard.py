@@ -116,7 +116,8 @@ def test_a_link_that_is_lost_while_arming_is_said_as_such(
 ) -> None:
     host.answer = (False, Unanswered("vps1", [], "the link is gone. Run again."))
     assert not arm(host)
-    assert "vps1: failed: the link is gone. Run again." in caplog.text
+    assert "vps1: failed: the link is gone. Run again. Nothing was changed; a guard that" in caplog.text
+    assert there.armed("vps1") is None
 
 
 def test_an_answer_that_is_none_is_not_taken_for_a_guard(
