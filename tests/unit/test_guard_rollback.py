@@ -768,3 +768,20 @@ def test_no_file_content_reaches_the_log(world: World) -> None:
     assert any("50-cloud.conf" in line for line in said), "the control"
     assert "canary" not in "\n".join(said)
     assert "canary" not in json.dumps(state.history(world.machine))
+
+
+def test_to_undo_what_has_just_undone_itself_is_no_failure(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    armed = world.arm()
+    world.converge()
+    assert undo(world)[0] is True
+    assert cli._roll_back(world.machine, armed.token, why="asked") == 0
+    assert "rolled back (timeout)" in capsys.readouterr().out
+    # A token that nobody ever had, and one that was confirmed, are.
+    assert cli._roll_back(world.machine, "ab12", why="asked") == 1
+    other = world.arm()
+    entry = rollback.entry(other, why="from a login", how="confirmed", log=Log(aloud=False))
+    state.write_history(world.machine, entry)
+    state.remove_armed(world.machine)
+    assert cli._roll_back(world.machine, other.token, why="asked") == 1
