@@ -279,8 +279,10 @@ class Bench:
             self.join()
         left = self.execute("python3", "-I", "-c", _SNAPSHOT, "back").strip()
         assert not left, f"the host does not get back to the old state: {left}"
-        state = verdict(self.look())
-        assert state == "old", f"the host is {state} before the round: {self.look()}"
+        # That it is the old state, complete, what puts it back has compared itself.
+        places = [(self.target.public_ip, 22), (self.target.public_ip6, 22)]
+        answering = reachable(self.target, places)
+        assert answering == set(places), f"before the round the old path is open at {answering} alone"
 
     def on_tailnet(self) -> bool:
         """Whether it is on the tailnet, waited for a little."""
@@ -613,7 +615,12 @@ def campaign(
 
         def work(name: str) -> None:
             bench = Bench(lab, name)
-            bench.prepare()
+            try:
+                bench.prepare()
+            except Exception as error:
+                # Said now: the other hosts go on for minutes.
+                say(f"{name}: not prepared: {str(error)[-1500:]}")
+                raise
             say(
                 f"{name}: converged without a fault after {time.monotonic() - began:.0f} s, "
                 f"{len(bench.steps)} risky steps"
