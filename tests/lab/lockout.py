@@ -102,7 +102,7 @@ class Result:
     """Its closing line."""
     landed: str = ""
     settled: float = 0.0
-    """Seconds from the arming, or the fault, until nothing was armed."""
+    """Seconds from the arming, or the fault, until nothing was armed and every controller had ended."""
     took: float = 0.0
 
 
@@ -344,14 +344,15 @@ class Bench:
             struck = time.monotonic()
             result.landed = run.names[-1].rpartition(" | ")[2] if run.names else "connecting"
             other = self._strike(one, run, watch, stack)
+            grace = GRACE_S * (2 if one.fault == "host restarted" else 1)
+
+            def left() -> float:
+                """Seconds until the host must be in one of two states; one that was resumed arms later."""
+                return (watch.armed_at or struck) + TIMEOUT_S + grace - time.monotonic()
+
+            self._wait_until_unarmed(left)
+            done = run.finish(max(0.0, left()) + 2 * GRACE_S)
             armed = watch.armed_at is not None
-            limit = (watch.armed_at or struck) + TIMEOUT_S + GRACE_S
-            if one.fault.startswith("host restarted"):
-                limit += GRACE_S
-            while self.is_armed() and time.monotonic() < limit:
-                time.sleep(0.3)
-            result.settled = round(time.monotonic() - (watch.armed_at or struck), 1)
-            done = run.finish(max(10.0, limit + GRACE_S - time.monotonic()))
             if other is not None:
                 second = other.finish(RUN_TIMEOUT_S)
                 refused = "another converge is at work here" in second.text
@@ -359,9 +360,8 @@ class Bench:
                     done, armed = second, False
                 elif second.code != 0 and not refused:
                     result.failures.append(f"the second controller: {closing(second, self.name)}")
-            # Also one that was resumed may have armed, and all that has an end has ended now.
-            while self.is_armed() and time.monotonic() < limit + GRACE_S:
-                time.sleep(0.3)
+            late = self._wait_until_unarmed(left)
+            result.settled = round(time.monotonic() - (watch.armed_at or struck), 1)
             self._log(f"{one.number}.txt", run.text + (f"\n--- second\n{other.text}" if other else ""))
             killed = done.code < 0
             if one.fault == "disk full at the rollback":
@@ -375,7 +375,7 @@ class Bench:
                 seen = self.look()
         result.code, result.said = done.code, closing(done, self.name)
         result.state = verdict(seen)
-        if self.is_armed():
+        if late:
             result.failures.append(f"a guard is armed {result.settled:.0f} s after the arming")
         if result.state in ("mixture", "unreachable"):
             result.failures.append(f"{result.state}: {seen}")
@@ -385,6 +385,14 @@ class Bench:
         wanted = ENDS.get(one.fault)
         if wanted is not None and result.state != wanted:
             result.failures.append(f"{result.state}, and this fault leaves no other state than {wanted}")
+
+    def _wait_until_unarmed(self, left: Callable[[], float]) -> bool:
+        """Wait until nothing is armed; whether something is when the time is over."""
+        while armed := self.is_armed():
+            if left() <= 0:
+                break
+            time.sleep(0.5)
+        return armed
 
     def is_armed(self) -> bool:
         """Whether the host has a guard armed; one that is down has, for all that is known."""
