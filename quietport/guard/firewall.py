@@ -150,7 +150,9 @@ class Restorer:
     def first(self) -> None:
         """Before sshd: what opens the old way in, and what replaces rules. Raises GuardError."""
         now = look(self.machine)
-        if now.active and not self.old.active:
+        # Of an attempt that was killed in the middle of it, one family may be left as it was.
+        half = not now.active and not self.old.active and bool(differences(self.old, now))
+        if half or (now.active and not self.old.active):
             self._switch_off()
             for name, family in self.old.families.items():
                 self._load(name, "\n".join(["*filter", *_policies(family), "COMMIT", ""]))

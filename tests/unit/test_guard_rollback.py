@@ -785,3 +785,15 @@ def test_to_undo_what_has_just_undone_itself_is_no_failure(
     state.write_history(world.machine, entry)
     state.remove_armed(world.machine)
     assert cli._roll_back(world.machine, other.token, why="asked") == 1
+
+
+def test_killed_while_ufw_switched_off_one_family_of_two(world: World) -> None:
+    """`ufw disable` stops IPv4 first: the next attempt finds ufw gone, and IPv6 still shut."""
+    world.arm()
+    world.converge()
+    world.switch_ufw_on()
+    world.chains["ipv4"] = {}
+    world.policies["ipv4"]["INPUT"] = "ACCEPT"
+    done, lines = undo(world)
+    assert done is True, lines
+    assert world.policies["ipv6"]["INPUT"] == "ACCEPT"
