@@ -62,6 +62,7 @@ def report(skipped: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     lines = [f"SKIPPED: tests on a {kind} target: {why}" for kind, why in skipped.items()]
     if environ.get("QUIETPORT_TEST_ALL") != "1":
         lines.append(
-            "SKIPPED: VMs with Debian 12, and every variant alone on Debian 12; `make test-all` adds them."
+            "SKIPPED: the plain VM with Debian 12, every variant alone on Debian 12, the lockout matrix, "
+            "and the guard and the follower on hosts of their own; `make test-all` adds them."
         )
     return lines

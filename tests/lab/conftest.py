@@ -33,6 +33,9 @@ BLANK = {
 if os.environ.get("QUIETPORT_TEST_ALL") == "1":
     BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
 STORIES = {**BLANK, **variants.STORIES}
+# Not in every run yet: these have not been green as a whole on a machine that does much else.
+if os.environ.get("QUIETPORT_TEST_ALL") != "1":
+    collect_ignore = ["test_lockout.py", "test_follow.py", "test_guard_host.py"]
 MARKERS = {
     "container": "needs Docker and root: a target in a container",
     "vm": "needs libvirt, QEMU and root: a target in a virtual machine",
