@@ -6,6 +6,8 @@ command an operator types. Nothing listens at the addresses, and nothing may be 
 
 from __future__ import annotations
 
+import codecs
+import importlib
 import os
 import re
 import runpy
@@ -494,11 +496,14 @@ def nobody() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
+    # Python remembers what it could not import, and nobody may not read a library in root's home.
+    codecs.lookup("utf-8-sig")
     os.seteuid(65534)
     try:
         yield
     finally:
         os.seteuid(0)
+        importlib.invalidate_caches()
 
 
 @pytest.mark.parametrize("closed", ["file", "folder"])

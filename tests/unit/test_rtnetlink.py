@@ -91,7 +91,8 @@ def test_damaged_bytes_are_an_error_and_nothing_else(data: bytes, cut: int, more
             parse_address(message.payload)
     except HostProgramError:
         return
-    assert damaged[: len(data)] == data or len(damaged) == 0
+    # A message that came whole may say anything, and part of one is never taken for all of it.
+    assert not damaged or len(damaged) >= len(data)
 
 
 @given(st.binary(max_size=200))
