@@ -177,8 +177,9 @@ class HostSettings(BaseModel):
         description="Files with a secret: path on the host = source. "
         "Owned by root, mode 0600, directory 0700.",
     )
+    # Hosts of one run go step by step together: one whose link is cut is waited for, a minute a step.
     guard_timeout: int = Field(
-        120,
+        300,
         ge=10,
         le=3600,
         strict=True,

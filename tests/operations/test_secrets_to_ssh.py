@@ -256,7 +256,7 @@ def test_sshd_otherwise_than_wanted_passes_the_gate_and_is_applied_whole(what: s
     assert isinstance(first, FunctionCommand)
     assert first.function is gate._pass_gate
     assert isinstance(arm, FunctionCommand)
-    assert (arm.function, arm.args) == (guard.arm, (120,))
+    assert (arm.function, arm.args) == (guard.arm, (300,))
     assert str(second) == "/usr/local/sbin/quietport sshd-apply"
     assert second.connector_arguments["_timeout"] == gate.RISKY_TIMEOUT_S
     plan = json.loads(second.connector_arguments["_stdin"])

@@ -114,7 +114,7 @@ def test_every_mark_is_found() -> None:
 def test_the_public_way_is_opened_before_anything_is_proven() -> None:
     some = commands(undo.firewall_opened, facts())
     assert told(some) == ["arm", f"ufw prepend {WAY_IN}"]
-    assert some[0].args == (120, "public")
+    assert some[0].args == (300, "public")
     assert some[1].connector_arguments["_timeout"] == 120
 
 

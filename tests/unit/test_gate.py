@@ -129,7 +129,7 @@ def test_every_risky_command_comes_after_the_proof_and_the_guard_and_has_a_limit
     assert isinstance(proof, FunctionCommand)
     assert proof.function is gate._pass_gate
     assert isinstance(arm, FunctionCommand)
-    assert (arm.function, arm.args) == (guard.arm, (120,))
+    assert (arm.function, arm.args) == (guard.arm, (300,))
     assert [command.connector_arguments["_timeout"] for command in risky] == [120, 600]
     assert guard._planned == {"vps1"}
 
