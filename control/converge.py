@@ -116,6 +116,7 @@ def main(inventory: str, deploy: str, *names: str) -> int:
     # Not the config.py of the directory it is called in.
     config = str(Path(deploy).parents[1] / "config.py")
     code = _pyinfra([inventory, deploy, "-y", "--config", config, *limits])
+    code = INTERRUPTED if _stopped else code
     state = _state()
     if state is None:
         return code or 1
@@ -149,7 +150,12 @@ def _pyinfra(argv: Sequence[str]) -> int:
     return 0
 
 
+# Whether Ctrl-C came: the SystemExit below may end in a greenlet that is being killed, and be lost with it.
+_stopped: list[bool] = []
+
+
 def _interrupted(*_: object) -> NoReturn:
+    _stopped.append(True)
     click.echo("quietport: interrupted. What a host was told last may go on there; run again.", err=True)
     state = _state()
     if state is not None:
