@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import re
 import socket
@@ -47,7 +48,9 @@ Stratum = Literal["risky", "operation", "time"]
 SCHEMA = 1
 # What the kills of a chain are aimed at, in any order; a campaign is quicker with longer chains.
 STRATA: tuple[Stratum, ...] = ("risky", "risky", "time", "time", "operation")
-RISKY = ("firewall: ", "ssh: ")
+RISKY = ("firewall: ", "ssh: answers", "proof: ")
+# From then on the host is private for good.
+PROVEN = "Guard disarmed."
 # An operation without work is over that quickly; a kill is aimed into the next one then.
 SHORTEST_S = 0.3
 REACHABLE_WITHIN_S = 10.0
@@ -217,6 +220,13 @@ class Result:
     """What killed runs had left at work on the host, as the runs after them say."""
     said: str = ""
     """How the last run says that the one before was killed."""
+    proven_at: float | None = None
+    """When the first run that proved its change had ended, by time.monotonic."""
+
+    def heard(self, text: str) -> None:
+        """Take note of what a run said that has ended."""
+        if PROVEN in text and self.proven_at is None:
+            self.proven_at = time.monotonic()
 
 
 @dataclass
@@ -435,6 +445,7 @@ class Bench:
                 done = run.finish(30)
             self._log(f"{word}.txt", done.text)
             result.waited += waited_for(done.text)
+            result.heard(done.text)
             if killed and done.code < 0:
                 reached, after = self.answers()
                 return Kill(one.name, delay, landed, reached, after)
@@ -448,6 +459,7 @@ class Bench:
         done = self.hosts.pyinfra(DEPLOY, "-y", "--limit", self.kind.name)
         self._log(f"{result.chain.number}-last.txt", done.text)
         result.waited += waited_for(done.text)
+        result.heard(done.text)
         result.said = next((line for line in _lines(done.text) if GOES_ON in line), "")
         if done.code != 0:
             result.failures.append(f"the run after the kills failed: {_end(done.text)}")
@@ -460,7 +472,9 @@ class Bench:
     def _judge(self, seen: Outlook, result: Result) -> None:
         result.looks = (seen.inside.looks, seen.outside.looks)
         result.without_sshd = round(seen.without_sshd(), 2)
-        result.failures += seen.violations()
+        # A blank host is public until a change is proven; one that has drifted was closed all along.
+        proven_at = (result.proven_at or math.inf) if result.chain.begins == "blank" else 0.0
+        result.failures += seen.violations(proven_at=proven_at)
         if result.without_sshd > SSHD_GONE_S:
             result.failures.append(f"no sshd listened anywhere for {result.without_sshd:.1f} s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.lab import hoststate, outlook
 from tests.lab.fingerprint import Fingerprint, differences
 from tests.lab.kills import (
     KINDS,
+    PROVEN,
     RISKY,
     Chain,
     Kill,
@@ -39,7 +41,7 @@ OPERATIONS = (
     Operation("tailscale: installed", 5.0),
     Operation("firewall: drop-in", 0.2),
     Operation("firewall: rules", 2.0),
-    Operation("ssh: the tailnet alone", 4.0),
+    Operation("ssh: answers the tailnet alone", 4.0),
 )
 
 
@@ -96,7 +98,7 @@ def test_a_host_that_drifted_is_not_killed_in_steps_that_have_nothing_to_do() ->
     assert [(one.number, one.name) for one in found] == [
         (4, "users: agent"),
         (6, "firewall: drop-in"),
-        (8, "ssh: the tailnet alone"),
+        (8, "ssh: answers the tailnet alone"),
     ]
 
 
@@ -157,6 +159,27 @@ def test_what_opens_is_news() -> None:
 def test_what_had_gone_and_comes_back_is_news() -> None:
     seen = view((1, SSHD, True), (1, None, 1), (9, SSHD, False), (19, SSHD, True))
     assert seen.opened() == [f"{SSHD}, 18.0 s after the beginning, 10.0 s after it had closed"]
+
+
+def test_what_was_open_before_comes_back_while_nothing_is_proven_and_never_after() -> None:
+    seen = view((1, SSHD, True), (1, None, 1), (9, SSHD, False), (19, SSHD, True))
+    assert seen.opened(proven_at=30) == []
+    assert Outlook(seen, seen).violations(proven_at=math.inf) == []
+    assert len(seen.opened(proven_at=18.5)) == 1
+    # What was never open is news at any time.
+    other = view((1, SSHD, True), (1, None, 1), (9, "tcp :: 2222", True))
+    assert len(Outlook(other, View()).violations(proven_at=math.inf)) == 1
+
+
+def test_the_proof_is_noted_once() -> None:
+    result = Result(plan(kills=30, seed=7)[0])
+    result.heard("killed half-way")
+    assert result.proven_at is None
+    result.heard(f"    [k13]  a new key login was accepted by sshd. {PROVEN}")
+    first = result.proven_at
+    assert first is not None
+    result.heard(PROVEN)
+    assert result.proven_at == first
 
 
 @pytest.mark.parametrize(
