@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ FOLLOWER_FILES = {f"{UNIT_FOLDER}/{FOLLOWER}": (_TEMPLATES / FOLLOWER).read_text
 ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 # Lines of others' files that a sentence names; `--diff` shows them all.
 MAX_SHOWN = 6
+# The follower may have sshd reload just then: for an instant it listens nowhere.
+SETTLED_WITHIN_S = 20.0
+SETTLES_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,13 @@ def followed() -> Commands:
 
 def not_as_wanted(login_user: str, *, break_glass: Sequence[str] = ()) -> list[str]:
     """What is wrong with sshd on this host now, as phrases; empty when it is as `tailnet_only` leaves it."""
-    seen = _look(login_user, break_glass=break_glass)
-    return differences(seen, wanted(seen, login_user=login_user))
+    end = time.monotonic() + SETTLED_WITHIN_S
+    while True:
+        seen = _look(login_user, break_glass=break_glass)
+        left = differences(seen, wanted(seen, login_user=login_user))
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(SETTLES_S)
 
 
 @operation()
@@ -220,8 +229,7 @@ def tailnet_only(login_user: str, users: list[str], break_glass: Sequence[str] =
     yield from gate.risky(host, [program(LAUNCHER, "sshd-apply", stdin=data)])
     if not executing():
         return
-    seen = _look(login_user, break_glass=break_glass)
-    left = differences(seen, wanted(seen, login_user=login_user))
+    left = not_as_wanted(login_user, break_glass=break_glass)
     if left:
         yield refuse(f"sshd is not as wanted although sshd-apply succeeded: {'; '.join(left)}. Run again.")
         return

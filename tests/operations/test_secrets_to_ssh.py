@@ -328,3 +328,16 @@ def test_the_penalties_are_named_where_sshd_has_them() -> None:
     facts["sshd.SshdEffective"] = dict.fromkeys(facts["sshd.SshdEffective"], known)
     plan = json.loads(commands(facts)[2].connector_arguments["_stdin"])
     assert "PerSourcePenaltyExemptList" in plan["files"][pure.DROP_IN]["text"]
+
+
+def test_an_sshd_that_reloads_just_then_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [["sshd listens on nothing"], []]
+    monkeypatch.setattr(sshd, "_look", lambda user, break_glass=(): None)
+    monkeypatch.setattr(sshd, "wanted", lambda seen, login_user: None)
+    monkeypatch.setattr(sshd, "differences", lambda seen, target: answers.pop(0))
+    monkeypatch.setattr(sshd.time, "sleep", lambda seconds: None)
+    assert sshd.not_as_wanted("root") == []
+    # And not for ever.
+    monkeypatch.setattr(sshd, "SETTLED_WITHIN_S", -1.0)
+    answers[:] = [["sshd listens on nothing"], []]
+    assert sshd.not_as_wanted("root") == ["sshd listens on nothing"]
