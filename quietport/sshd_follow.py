@@ -300,6 +300,10 @@ class Follower:
             # Whoever held the lock may have done it, or undone it.
             if look(self._host, self._addresses()) != seen:
                 return SETTLE_S
+            if not write and not self._state(seen.decision.listeners or frozenset())[1]:
+                # It was in the middle of a restart of theirs: a reload would close its listeners once more.
+                self._wrong_since = None
+                return SETTLE_S
             if write:
                 try:
                     place(self._host, seen.decision)

@@ -428,6 +428,21 @@ def test_a_reload_that_was_lost_is_made_up_for(world: World) -> None:
     assert "told to reload" in said[1]
 
 
+def test_what_came_right_while_the_lock_was_waited_for_is_left_alone(world: World) -> None:
+    """Whoever held it was restarting sshd: a reload would close the listeners once more."""
+    world.machine.file.write_text(sshd.render(NEW))
+    world.addresses = NEW
+
+    @contextlib.contextmanager
+    def hold(timeout: float) -> Iterator[None]:
+        world.machine.listening = listeners(*NEW)
+        yield
+
+    world.follower._hold = hold
+    world.run(60)
+    assert world.machine.did == []
+
+
 def test_a_reload_that_does_not_do_becomes_a_restart(world: World) -> None:
     world.machine.deaf_to = {"reload"}
     world.addresses = NEW
