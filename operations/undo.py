@@ -36,7 +36,6 @@ from operations.programs import files_if_needed as programs_if_needed
 from operations.units import UNIT_FOLDER
 from quietport import sshd
 from quietport.hostfile import HOST_JSON
-from quietport.sshd_restore import WRITTEN
 from quietport.ufw_rules import MARK, bare, is_ours, words_of
 
 WAY_IN = "undo, the way in"
@@ -59,7 +58,7 @@ def look() -> Seen:
     drop_in = host.get_fact(FileText, path=sshd.UNIT_DROP_IN)
     return Seen(
         files=_files(),
-        unit_drop_in=drop_in if drop_in is not None and drop_in.startswith(WRITTEN) else None,
+        unit_drop_in=drop_in if drop_in is not None and drop_in.startswith(sshd.OURS) else None,
         masked=tuple(name for name in sshd.SOCKETS if units[name]["enabled"].startswith("masked"))
         if host.get_fact(FileText, path=str(HOST_JSON)) is not None
         else (),
@@ -245,7 +244,7 @@ def firewall_as_before() -> Commands:
 @operation()
 def unit_gone(unit: str, files: Sequence[str]) -> Commands:
     """A unit of ours is stopped and gone, or our drop-ins for another's. A file that is not ours is left."""
-    ours = [path for path in files if (host.get_fact(FileText, path=path) or "").startswith(WRITTEN)]
+    ours = [path for path in files if (host.get_fact(FileText, path=path) or "").startswith(sshd.OURS)]
     if not ours:
         host.noop(f"{', '.join(files)} gone")
         return

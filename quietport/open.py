@@ -23,6 +23,8 @@ from pathlib import Path
 
 from quietport import admission, commands, opened, sshd, sshd_follow
 from quietport.errors import FINE, PROBLEM, USAGE, HostProgramError, printable
+from quietport.guard import state
+from quietport.guard.scope import UNIT_FOLDER
 from quietport.hostfile import HostFileMissingError, host_settings, read_json
 from quietport.net import TAILNET_INTERFACE
 from quietport.opened import Opened
@@ -33,13 +35,11 @@ from quietport.ufw_rules import bare, is_ours, parse_added, shown, traffic, word
 
 RULE = f"allow {sshd.PORT}/tcp"
 WHY = "opened by hand"
-ARMED = "/etc/quietport/guard/armed.json"
 LOCK_TIMEOUT_S = 60.0
 NOT_INSTALLED = "is not installed"
 DEFAULT_S = 3600
 LONGEST_S = 7 * 24 * 3600
 UNIT = "quietport-close"
-UNIT_FOLDER = "/etc/systemd/system"
 _HEADER = "# Made by `quietport open`, and taken away by `quietport close`.\n"
 UNITS = {
     f"{UNIT_FOLDER}/{UNIT}.service": f"""{_HEADER}[Unit]
@@ -189,7 +189,7 @@ class Door:
 
     def _sshd(self, listeners: Sequence[sshd.Listener]) -> bool:
         """sshd listens there and nowhere else, to keys alone; True when it does. Raises Failed, OSError."""
-        files = self._files()
+        files = self._host.texts()
         users = self._users()
         drop_in = files.get(sshd.DROP_IN, "")
         if not drop_in.startswith(sshd.OURS):
@@ -207,23 +207,6 @@ class Door:
             self._say(f"{path}: commented out with a mark, because it would stay active: {line}")
         plan = Plan(files=changed, mask=sshd.SOCKETS, listeners=frozenset(listeners), users=users)
         return self._apply(plan, self._host, say=self._say)()
-
-    def _files(self) -> dict[str, str]:
-        """sshd's files. One that is not UTF-8 is none we could have changed, or change."""
-        paths = [sshd.MAIN]
-        with suppress(OSError):
-            paths += [
-                f"{sshd.FOLDER}/{path.name}"
-                for path in sorted(self._host.path(sshd.FOLDER).glob("*.conf"))
-                if path.is_file() and not path.is_symlink()
-            ]
-        found: dict[str, str] = {}
-        for path in paths:
-            with suppress(UnicodeDecodeError):
-                data = self._host.read(path).data
-                if data is not None:
-                    found[path] = data.decode()
-        return found
 
     def _users(self) -> tuple[str, ...]:
         try:
@@ -291,7 +274,8 @@ class Door:
     def _tell(self, argv: list[str]) -> bool:
         done = self._host.run(argv)
         if done.returncode != 0:
-            self._say(f"{' '.join(argv[:3])} failed: {_last_line(done)}")
+            complaint = commands.Done(done.returncode, done.stdout, done.stderr).complaint
+            self._say(f"{' '.join(argv[:3])} failed: {printable(complaint)}")
         return done.returncode == 0
 
     # --- the timer ------------------------------------------------------------------------------------
@@ -413,11 +397,6 @@ def _digest(text: str | None) -> str | None:
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-    return printable(lines[-1]) if lines else f"exit code {done.returncode}"
-
-
 def run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a program to its end in the environment that messages are understood in; never raises."""
     try:
@@ -430,7 +409,7 @@ def run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def armed_by(place: Callable[[str], Path]) -> str:
     """Who has a guard armed on this host; "" when nobody has. It would undo what is opened now."""
     try:
-        document = read_json(place(ARMED))
+        document = read_json(place(state.ARMED))
     except HostFileMissingError:
         return ""
     except HostProgramError:

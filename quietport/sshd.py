@@ -301,8 +301,7 @@ def render(
     `penalties`: this sshd knows PerSourcePenalties (OpenSSH 9.8 and newer), which blocks a source after a few
     failed logins; the tailnet is exempt, or one bad key locks the operator out for minutes.
     """
-    wildcards = [f"ListenAddress {endpoint(listener)}" for listener in public]
-    listen = "\n".join(wildcards or _listen_lines(addresses))
+    listen = "\n".join(_listen_lines(public) or _listen_lines(wanted_listeners(addresses)))
     exempt = f"PerSourcePenaltyExemptList {','.join(map(str, TAILNET_RANGES))}\n" if penalties else ""
     return (
         f"{OURS}; `quietport` replaces it. sshd takes keys alone, and answers where these lines say.\n"
@@ -319,8 +318,8 @@ def render(
     )
 
 
-def _listen_lines(addresses: Iterable[str]) -> list[str]:
-    return [f"ListenAddress {endpoint(listener)}" for listener in wanted_listeners(addresses)]
+def _listen_lines(listeners: Iterable[Listener]) -> list[str]:
+    return [f"ListenAddress {endpoint(listener)}" for listener in listeners]
 
 
 def listen_addresses(text: str) -> list[str]:
@@ -331,9 +330,7 @@ def listen_addresses(text: str) -> list[str]:
     found = []
     for line in parse(DROP_IN, text):
         if line.keyword == "listenaddress":
-            value = line.args[0] if line.args else ""
-            bracketed = re.match(r"^\[([^\]]*)\](:\d+)?$", value)
-            host = bracketed[1] if bracketed else value if value.count(":") > 1 else value.partition(":")[0]
+            host, _ = _host_and_port(line.args[0] if line.args else "")
             found.append(str(ipaddress.ip_address(host)))
     return found
 
@@ -344,15 +341,15 @@ def with_addresses(text: str, addresses: Iterable[str]) -> str:
     Never without such a line, which would mean every address. For a text of `render` it is what `render`
     makes of the other addresses, byte for byte.
     """
-    return _with_lines(text, _listen_lines(addresses))
+    return _with_lines(text, wanted_listeners(addresses))
 
 
 def with_public(text: str, public: Iterable[Listener]) -> str:
     """The drop-in `text` with the listeners `public` in place of its ListenAddress lines, the rest as is."""
-    return _with_lines(text, [f"ListenAddress {endpoint(listener)}" for listener in public])
+    return _with_lines(text, public)
 
 
-def _with_lines(text: str, listen: list[str]) -> str:
+def _with_lines(text: str, listeners: Iterable[Listener]) -> str:
     lines = text.split("\n")
     parsed = parse(DROP_IN, text)
     old = {line.index for line in parsed if line.keyword == "listenaddress"}
@@ -361,7 +358,7 @@ def _with_lines(text: str, listen: list[str]) -> str:
     at = min(old, default=(ports[0] if ports else 0) + 1)
     before = [line for index, line in enumerate(lines[:at]) if index not in old]
     after = [line for index, line in enumerate(lines[at:], start=at) if index not in old]
-    return "\n".join([*before, *listen, *after])
+    return "\n".join([*before, *_listen_lines(listeners), *after])
 
 
 def parse_effective(text: str) -> dict[str, list[str]]:

@@ -18,7 +18,6 @@ import os
 import pwd
 import shlex
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from quietport import sshd
+from quietport import lasting, sshd
 
 SSHD = "/usr/sbin/sshd"
 LISTEN_TIMEOUT_S = 15
@@ -177,6 +176,21 @@ class Host:
             if not stat.S_ISREG(status.st_mode):
                 raise Failed(f"{path} is not a regular file")
             return Saved(stream.read(MAX_PLAN_BYTES), status.st_mode & 0o7777, status.st_uid, status.st_gid)
+
+    def texts(self) -> dict[str, str]:
+        """sshd's files that we could have written into, or may: no links, and nothing that is not UTF-8.
+
+        Raises Failed for one that cannot be read.
+        """
+        folder = sorted(self.path(sshd.FOLDER).glob("*.conf"))
+        names = [path.name for path in folder if path.is_file() and not path.is_symlink()]
+        found: dict[str, str] = {}
+        for path in (sshd.MAIN, *(f"{sshd.FOLDER}/{name}" for name in names)):
+            data = self.read(path).data
+            with suppress(UnicodeDecodeError):
+                if data is not None:
+                    found[path] = data.decode()
+        return found
 
     def write(self, path: str, saved: Saved) -> None:
         """Put the file there in one step, or take it away."""
@@ -666,19 +680,9 @@ def to_the_end(work: Callable[[Callable[[str], None]], int]) -> int:
 
     It is given what says a line, to the journal and to whoever still listens.
     """
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        # Signals of the session that started us, and a pipe that nobody reads, must not stop us half way.
-        os.setsid()
-        for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        code = 1
-        try:
-            syslog.openlog("quietport")
-            code = work(_say)
-        except BaseException as error:  # the child never returns into the caller's code
-            _say(f"sshd: {type(error).__name__}: {error}")
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1
+
+    def told() -> int:
+        syslog.openlog("quietport")
+        return work(_say)
+
+    return lasting.to_the_end(told, crashed=lambda said: _say(f"sshd: {said}"))

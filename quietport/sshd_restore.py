@@ -31,8 +31,6 @@ from quietport.sshd_apply import (
     to_the_end,
 )
 
-# The first words of what a converge writes.
-WRITTEN = "# Written by quietport"
 # Ubuntu's sshd is started by its socket since 22.10 (its openssh-server.postinst); Debian's is a service.
 _BY_SOCKET = ("ubuntu",)
 
@@ -48,21 +46,13 @@ def planned(host: Host) -> dict[str, tuple[str | None, str | None]]:
 
     Raises Failed for a file that cannot be read.
     """
-    files: dict[str, str] = {}
-    paths = [sshd.MAIN]
-    with suppress(FileNotFoundError):
-        folder = sorted(host.path(sshd.FOLDER).glob("*.conf"))
-        paths += [f"{sshd.FOLDER}/{path.name}" for path in folder if path.is_file() and not path.is_symlink()]
-    for path in paths:
-        # Nothing we have written into is anything else than UTF-8.
-        with suppress(UnicodeDecodeError):
-            files[path] = (host.read(path).data or b"").decode()
+    files = host.texts()
     wanted = sshd.without_ours(files)
     changed: dict[str, tuple[str | None, str | None]] = {
         path: (None, wanted.get(path)) for path in files if wanted.get(path) != files[path]
     }
     unit = host.read(sshd.UNIT_DROP_IN).data
-    if unit is not None and unit.decode(errors="replace").startswith(WRITTEN):
+    if unit is not None and unit.decode(errors="replace").startswith(sshd.OURS):
         changed[sshd.UNIT_DROP_IN] = (None, None)
     return changed
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from quietport import guardlock
+from quietport import guardlock, lasting
 from quietport.errors import FINE, PROBLEM, USAGE, HostProgramError, printable
 from quietport.guard import arming, fence, files, holders, rollback, scope, state, who
 from quietport.guard.machine import GuardError, Log, Machine, to_journal
@@ -217,24 +216,8 @@ def _is_undone(machine: Machine, token: str) -> bool:
 
 
 def detached(work: Callable[[], int]) -> int:
-    """Do `work` in a session of its own, to its end, also when the SSH connection that asked for it goes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        code = PROBLEM
-        try:
-            code = work()
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except BaseException as error:  # the child never returns into the caller's code
-            Log().say(f"rollback: {type(error).__name__}: {error}")
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else PROBLEM
+    """Do `work` to its end, also when the SSH connection that asked for it goes."""
+    return lasting.to_the_end(work, crashed=lambda said: Log().say(f"rollback: {said}"))
 
 
 def _status(machine: Machine, options: argparse.Namespace, _: list[str]) -> int:

@@ -36,6 +36,8 @@ STORIES = {**BLANK, **variants.STORIES}
 # Not in every run yet: these have not been green as a whole on a machine that does much else.
 if os.environ.get("QUIETPORT_TEST_ALL") != "1":
     collect_ignore = ["test_lockout.py", "test_follow.py", "test_guard_host.py"]
+# The end of a failure, which is where the reason is; the summary has all of it.
+AT_ONCE_LINES = 40
 MARKERS = {
     "container": "needs Docker and root: a target in a container",
     "vm": "needs libvirt, QEMU and root: a target in a virtual machine",
@@ -49,6 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(record.ENV, str(record.directory() / time.strftime(f"%Y%m%dT%H%M%S-{os.getpid()}")))
     # Others want the machine too: an emulated second processor costs a sixth more work in all.
     os.environ.setdefault("QUIETPORT_VM_CPUS", "1")
+    config.pluginmanager.register(SaidAtOnce(config))
+
+
+@dataclass(frozen=True)
+class SaidAtOnce:
+    """Says why a test failed when it failed: a run that is cut off has no summary."""
+
+    config: pytest.Config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_sep("-", f"{report.nodeid} ({report.when})", red=True)
+            for line in report.longreprtext.splitlines()[-AT_ONCE_LINES:]:
+                terminal.write_line(line)
 
 
 def _kind(story: str) -> str:

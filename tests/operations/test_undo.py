@@ -332,7 +332,7 @@ def test_all_that_a_converge_writes_begins_with_the_mark() -> None:
     from deploys.firewall import DROP_IN_TEXT
 
     for text in (sshd.UNIT_DROP_IN_TEXT, *sshd.FOLLOWER_FILES.values(), DROP_IN_TEXT):
-        assert text.startswith(undo.WRITTEN)
+        assert text.startswith(pure.OURS)
 
 
 # --- the gate -----------------------------------------------------------------------------------------

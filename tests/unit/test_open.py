@@ -17,6 +17,7 @@ from quietport import admission, opened, sshd, sshd_follow, sshd_wait, survey
 from quietport import open as opening
 from quietport.close import closing
 from quietport.errors import HostProgramError
+from quietport.guard.state import ARMED
 from quietport.open import RULE, UNITS, WHY, Door, plan_firewall, seconds_of
 from quietport.opened import OPENED, Opened
 from quietport.sshd_apply import Host
@@ -379,7 +380,7 @@ def test_a_user_without_a_key_is_told(machine: Machine) -> None:
 
 def test_while_a_guard_is_armed_its_rollback_goes_first(machine: Machine) -> None:
     before = state(machine)
-    machine.put(opening.ARMED, json.dumps({"schema": 1, "by": "converge of anna"}))
+    machine.put(ARMED, json.dumps({"schema": 1, "by": "converge of anna"}))
     assert machine.open() == 1
     assert "A change by converge of anna waits for its confirmation here." in machine.words
     assert state(machine) == before
@@ -388,7 +389,7 @@ def test_while_a_guard_is_armed_its_rollback_goes_first(machine: Machine) -> Non
     machine.now += 2 * HOUR
     assert machine.close(when_due=True) == 0
     assert is_open(machine)
-    machine.path(opening.ARMED).unlink()
+    machine.path(ARMED).unlink()
     assert machine.close(when_due=True) == 0
     assert machine.note() is None
 
