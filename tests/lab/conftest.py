@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(record.ENV, str(record.directory() / time.strftime(f"%Y%m%dT%H%M%S-{os.getpid()}")))
     # Others want the machine too: an emulated second processor costs a sixth more work in all.
     os.environ.setdefault("QUIETPORT_VM_CPUS", "1")
+    # Python runs hundreds of times here: without its caches every run compiles all modules again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     config.pluginmanager.register(SaidAtOnce(config))
 
 

@@ -23,6 +23,8 @@ from tests.lab.story import (
 )
 
 RETURN_TIMEOUT_S = 900
+# All hosts of a story share two processors, or are emulated: what takes a minute may take five.
+GUARD_TIMEOUT_S = 900
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Tale:
 
         Both sources of Docker in one run: Debian 12 takes Docker's own repository, for compose 2.
         """
-        return Hosts.of(self.lab, word, every={"secrets": secrets}, c12={"docker_source": "docker"})
+        every = {"secrets": secrets, "guard_timeout": GUARD_TIMEOUT_S}
+        return Hosts.of(self.lab, word, every=every, c12={"docker_source": "docker"})
 
     def public_side(self) -> dict[str, set[Place]]:
         """Which public addresses answer on port 22, per host."""

@@ -35,7 +35,7 @@ from tests.lab.story import (
     reachable,
     watched,
 )
-from tests.lab.tale import Tale
+from tests.lab.tale import GUARD_TIMEOUT_S, Tale
 
 # Many at once on one Debian 12: all that can be had together.
 MIXED = (
@@ -148,7 +148,8 @@ class Variants(Tale):
             for want in self.wanted
             if not set(want.variants) & set(WITH_DOCKER)
         }
-        return Hosts.of(self.lab, word, every={"secrets": secrets}, **quick)
+        every = {"secrets": secrets, "guard_timeout": GUARD_TIMEOUT_S}
+        return Hosts.of(self.lab, word, every=every, **quick)
 
     def guest(self, name: str) -> Guest:
         """One of the hosts."""
