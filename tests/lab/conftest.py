@@ -23,7 +23,7 @@ from lab.up import Wanted
 from tests.lab import record, table, variants
 from tests.lab.checks import CHECKS
 from tests.lab.guarded import Guarded
-from tests.lab.story import TOLD, Lab, in_ci
+from tests.lab.story import PROGRESS, TOLD, Lab, in_ci
 from tests.lab.tale import Tale, tell
 
 BLANK = {
@@ -53,21 +53,29 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("QUIETPORT_VM_CPUS", "1")
     # Python runs hundreds of times here: without its caches every run compiles all modules again.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    config.pluginmanager.register(SaidAtOnce(config))
+    said = SaidAtOnce(config)
+    config.pluginmanager.register(said)
+    PROGRESS.append(said.line)
 
 
 @dataclass(frozen=True)
 class SaidAtOnce:
-    """Says why a test failed when it failed: a run that is cut off has no summary."""
+    """Says at once how far stories are and why a test failed: a run that is cut off has no summary."""
 
     config: pytest.Config
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+    def line(self, text: str) -> None:
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        if report.failed and terminal is not None:
-            terminal.write_sep("-", f"{report.nodeid} ({report.when})", red=True)
+        if terminal is not None:
+            # In the middle of a line of dots, perhaps.
+            terminal.ensure_newline()
+            terminal.write_line(text)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.line(f"--- {report.nodeid} ({report.when})")
             for line in report.longreprtext.splitlines()[-AT_ONCE_LINES:]:
-                terminal.write_line(line)
+                self.line(line)
 
 
 def _kind(story: str) -> str:

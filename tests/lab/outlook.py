@@ -51,9 +51,9 @@ def look():
         with table:
             next(table)
             for line in table:
-                words = line.split()
-                if words[3] == wanted:
-                    host, port = address(words[1])
+                where, _, state = line.split(None, 4)[1:4]
+                if state == wanted:
+                    host, port = address(where)
                     found.add(f"{kind[:3]} {host} {port}")
     return found
 
@@ -67,7 +67,8 @@ while True:
     if looks % 20 == 1:
         print(json.dumps([at, None, looks]), flush=True)
     seen = now
-    time.sleep(0.05)
+    # A look walks through the kernel's table of all connections, those of other hosts of this machine, too.
+    time.sleep(0.1)
 """
 _OUTSIDE = """
 import json, os, socket, sys, threading, time

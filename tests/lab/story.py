@@ -267,6 +267,8 @@ def canary() -> str:
     return os.environ.setdefault(SECRET_VARIABLE, f"canary-{secrets.token_hex(16)}")
 
 
+# Where a story says how far it is; the last one counts.
+PROGRESS: list[Callable[[str], None]] = [lambda line: print(line, file=sys.stderr, flush=True)]
 # Every story that was begun, for the summary.
 TOLD: list[Chapters] = []
 
@@ -305,7 +307,7 @@ class Chapters:
                 failed = f"{name!r} failed: {str(error)[-1500:]}"
                 self.results[name].set_exception(error)
             self.seconds[name] = time.monotonic() - began
-            print(f"· {self.name} {name}: {self.seconds[name]:.0f} s", file=sys.stderr, flush=True)
+            PROGRESS[-1](f"· {self.name} {name}: {self.seconds[name]:.0f} s")
 
     @property
     def ended(self) -> bool:

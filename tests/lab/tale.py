@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from lab import targets
 from lab.aptrepo import AptRepo
 from lab.up import Wanted
+from tests.lab.onhost import OnHost
+from tests.lab.power import Ended, Power
 from tests.lab.published import Published, publish
 from tests.lab.story import (
     SECRET_PATH,
@@ -71,6 +73,11 @@ class Tale:
             self.hosts.ssh(name, "systemctl start quietport-report.service").ok()
         self.published = {name: publish(self.hosts, self.lab.target(name)) for name in self.names}
 
+    def power(self) -> Mapping[str, Ended]:
+        """What comes of a guard when a machine goes down; containers have none of their own."""
+        machines = [name for name in self.names if self.lab.target(name).kind == "vm"]
+        return {} if not machines else Power(OnHost(self.lab, machines[0])).run()
+
     def restart(self) -> None:
         """Reboot every host, and wait until sshd answers on the tailnet again."""
         before = {name: self._boot(name) for name in self.names}
@@ -109,6 +116,7 @@ def tell(word: str, wanted: Sequence[Wanted]) -> Tale:
             ("closed", tale.public_side),
             ("spec", lambda: tale.hosts.spec()),
             ("again", lambda: tale.hosts.apply()),
+            ("power", tale.power),
             ("publish", tale.publish),
             ("restart", tale.restart),
             ("closed again", tale.public_side),

@@ -1,0 +1,124 @@
+"""A converged VM under a guard, whose machine goes down or whose clock is set (test_power.py asks for it).
+
+Each fault begins with the converged host, arms a guard for 20 s, changes firewall and sshd, and ends with the
+host as it was: all that a guard keeps is compared. So the next one begins where this one began.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lab import targets, vm
+from tests.lab.onhost import OnHost, waited
+from tests.lab.story import reachable
+
+TIMEOUT_S = 20
+# What a rollback may take after its time; and a boot before that, emulated on a machine that does much else.
+ROLLBACK_S = 60
+BOOT_S = 300
+CHANGED = "/etc/ssh/sshd_config.d/99-lab.conf"
+CHANGE = f"ufw deny 2222/tcp; echo ClientAliveInterval 77 >{CHANGED}; systemctl reload ssh; sync"
+ARM = f"token=$(quietport guard arm --timeout {TIMEOUT_S} 2>/dev/null) && echo $token"
+# What is still at work when the power goes.
+AT_WORK = "/run/lab-at-work"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the host says came of a guard, and what is wrong with that, if anything is."""
+
+    said: str
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Power:
+    """The VM, and what is done to it while a guard is armed."""
+
+    host: OnHost
+
+    def run(self) -> Mapping[str, Ended]:
+        """Every fault, one after the other."""
+        return {name: self._tried(fault) for name, fault in FAULTS.items()}
+
+    def _tried(self, fault: Callable[[Power], str]) -> Ended:
+        host = self.host
+        try:
+            host.scope()
+            address = host.addresses()[0]
+            wanted = fault(self)
+            token = host.inside("cat /root/lab-token").strip()
+            end = host.end_of(token, within=TIMEOUT_S + ROLLBACK_S)
+            assert (end["how"], end["why"]) == ("rolled back", wanted), end
+            host.comes_to_answer(address, within=BOOT_S)
+            assert host.differs() == ""
+            assert not reachable(host.target, host.places)
+        except Exception as error:
+            return Ended("", f"{type(error).__name__}: {error}")
+        return Ended(f"{end['how']} ({end['why']})")
+
+    def _changed(self, exec_: str = f"quietport guard exec $token -- sh -c '{CHANGE}'") -> None:
+        """Arm, keep the token for later, change."""
+        self.host.inside(f"set -e; {ARM} >/root/lab-token; sync; {exec_}")
+        self.host.inside(f"test -e {CHANGED} && grep -q 2222 /etc/ufw/user.rules")
+
+    def _off_and_on(self) -> None:
+        """The power goes, and comes back."""
+        run, target = self.host.lab.run, self.host.target
+        vm.power_off(run, target)
+        targets.start(run, target)
+
+    def rebooted(self) -> str:
+        self._changed()
+        targets.restart(self.host.lab.run, self.host.target)
+        return "boot"
+
+    def power_cut(self) -> str:
+        self._changed()
+        self._off_and_on()
+        return "boot"
+
+    def power_cut_during_a_command(self) -> str:
+        long = f"{CHANGE}; touch {AT_WORK}; sleep 600"
+        wait = f"while ! [ -e {AT_WORK} ]; do sleep 0.1; done"
+        self._changed(f"quietport guard exec $token -- sh -c '{long}' >/dev/null 2>&1 & {wait}")
+        self._off_and_on()
+        return "boot"
+
+    def power_cut_during_the_rollback(self) -> str:
+        """The rollback has taken the first file away, and is begun again by the boot."""
+        self._changed()
+        waited(
+            lambda: self.host.done(f"test -e {CHANGED}").returncode != 0,
+            "the rollback began",
+            within=TIMEOUT_S + ROLLBACK_S,
+            every=0.1,
+        )
+        assert self.host.status()["armed"], "the control: it has not ended"
+        self._off_and_on()
+        return "boot"
+
+    def clock_set(self, when: str) -> str:
+        """A timer by the wall clock would wait an hour more, or be over at once."""
+        host = self.host
+        try:
+            self._changed(f"date --set '{when}'; quietport guard exec $token -- sh -c '{CHANGE}'")
+            assert host.status()["armed"], "the control: its time is not up"
+            wait = TIMEOUT_S + ROLLBACK_S
+            waited(lambda: host.status()["armed"] is None, "undone", within=wait, every=0.5)
+        finally:
+            host.inside(f"date --utc --set @{time.time():.0f}")
+        return "timeout"
+
+
+# By name; each returns why the guard rolls back.
+FAULTS: Mapping[str, Callable[[Power], str]] = {
+    "rebooted": Power.rebooted,
+    "power cut": Power.power_cut,
+    "power cut during a command": Power.power_cut_during_a_command,
+    "power cut during the rollback": Power.power_cut_during_the_rollback,
+    "clock set back an hour": lambda power: power.clock_set("1 hour ago"),
+    "clock set forward a day": lambda power: power.clock_set("1 day"),
+}
