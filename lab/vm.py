@@ -320,10 +320,13 @@ def execute(
         request["input-data"] = base64.b64encode(input.encode()).decode()
     pid = _agent(target, "guest-exec", request)["pid"]
     end = time.monotonic() + timeout
+    pause = 0.1
     while not (status := _agent(target, "guest-exec-status", {"pid": pid}))["exited"]:
         if time.monotonic() > end:
             raise LabError(f"{target.name}: {shlex.join(command)}: still not done after {timeout:g} s.")
-        time.sleep(0.1)
+        # Asking costs the VM time, too.
+        time.sleep(pause)
+        pause = min(1.5 * pause, 1.0)
     done = finished(command, status)
     if check and done.returncode != 0:
         said = (done.stderr or done.stdout).strip()

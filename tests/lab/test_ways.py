@@ -1,0 +1,57 @@
+"""The ways in besides the tailnet: each is there when it is asked for, and gone when it is taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.story import Lab
+from tests.lab.ways import Ways
+
+pytestmark = pytest.mark.container
+
+
+@pytest.fixture(scope="module")
+def ways(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Ways]:
+    """The story of one host; it is told in the background."""
+    told = Ways(Lab.new("ways"))
+    before = request.session.testsfailed
+    told.begin()
+    yield told
+    told.story.wait()
+    if request.session.testsfailed > before:
+        told.lab.collect()
+    else:
+        told.lab.down()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "break-glass",
+        "break-glass without a tailnet",
+        "break-glass for another network",
+        "break-glass taken back",
+    ],
+)
+def test_break_glass_is_for_the_listed_networks_alone(ways: Ways, what: str) -> None:
+    assert ways.story[what] is None
+
+
+def test_open_lets_keys_in_and_close_shuts(ways: Ways) -> None:
+    assert ways.story["opened and closed"] is None
+    assert "Closed: " in ways.said["close"]
+
+
+def test_open_works_without_tailscale_and_closes_by_itself_with_it(ways: Ways) -> None:
+    assert ways.story["opened without tailscale"] is None
+    assert "No address is on tailscale0." in ways.said["stays open"]
+
+
+def test_undo_makes_a_public_host(ways: Ways) -> None:
+    assert ways.story["undone"] is None
+
+
+def test_a_converge_after_undo_is_a_converge(ways: Ways) -> None:
+    assert ways.story["converged again"] is None
