@@ -8,6 +8,7 @@ down.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -64,24 +65,26 @@ def pytest_configure(config: pytest.Config) -> None:
     PROGRESS.append(said.line)
 
 
-@dataclass(frozen=True)
 class SaidAtOnce:
     """Says at once how far stories are and why a test failed: a run that is cut off has no summary."""
 
-    config: pytest.Config
+    def __init__(self, config: pytest.Config) -> None:
+        capture = config.pluginmanager.get_plugin("capturemanager")
+        # Threads speak in the middle of tests, whose output pytest keeps.
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            self._out = os.dup(1)
 
     def line(self, text: str) -> None:
-        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is not None:
-            # In the middle of a line of dots, perhaps.
-            terminal.ensure_newline()
-            terminal.write_line(text)
+        """Print a line of its own, whatever is captured now."""
+        with contextlib.suppress(OSError):
+            os.write(self._out, f"\n{text}".encode(errors="replace"))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.line(f"--- {report.nodeid} ({report.when})")
             for line in report.longreprtext.splitlines()[-AT_ONCE_LINES:]:
                 self.line(line)
+            self.line("")
 
 
 def _kind(story: str) -> str:
