@@ -46,7 +46,9 @@ LOGGED_OUT = (None, "", "NoState", "NeedsLogin")
 # $1 is how long `up` may take, $2 the key's size, the rest options; the key comes on standard input, and when
 # the link is cut it ends early: an empty one would make `up` wait for a login by hand. It is a file that only
 # root can reach, gone on every way out. A node that had no key of its own before is logged out when joining
-# fails: tailscaled would go on trying with a refused key. One that waits for approval waits on.
+# fails: tailscaled would go on trying with a refused key. While the control server does not answer, logging
+# out does not make it forget the auth key: once the server is back, the key would be used up by a node that
+# nobody waits for. A restart does. One that waits for approval waits on.
 _JOIN = """set -eu
 umask 077
 limit=$1; size=$2; shift 2
@@ -71,7 +73,10 @@ after=$(status || true)
 echo "quietport-state=${after%% *}" >&2
 case "$after,$before" in
   NeedsMachineAuth*|Running*|*True) ;;
-  *) timeout 20 tailscale logout >/dev/null 2>&1 || true ;;
+  *)
+    timeout 20 tailscale logout >/dev/null 2>&1 || true
+    timeout 30 systemctl restart tailscaled || true
+    ;;
 esac
 exit 1
 """
