@@ -46,6 +46,8 @@ class Ended:
 
 
 _armed: dict[str, Armed] = {}
+# Tokens that this run has asked a host to confirm, whatever came of it.
+_asked: set[str] = set()
 
 
 def armed(name: str) -> Armed | None:
@@ -90,12 +92,19 @@ def parse_status(text: str) -> dict[str, Any]:
 
 
 def ended(status: dict[str, Any], token: str) -> Ended | None:
-    """What the host says became of the guard with that token; None while it is armed, or not known there."""
+    """What the host says became of the guard with that token; None while it is armed, or not known there.
+
+    A host whose disk is full has no history. A guard is armed there until all is undone, or it is confirmed:
+    when this run has asked for no confirmation, one that is not armed any more was undone.
+    """
     for entry in status["history"]:
         if isinstance(entry, dict) and entry.get("token") == token:
             log = entry.get("log") or []
             return Ended(str(entry.get("how")), str(entry.get("why")), tuple(str(line) for line in log))
-    return None
+    armed_there = status.get("armed") or {}
+    if token in _asked or armed_there.get("token") == token:
+        return None
+    return Ended("rolled back", "", ("the host could not write down what it did: is its disk full?",))
 
 
 def give_up(name: str, session: Session | None, *, say: Say) -> str | None:
@@ -156,6 +165,7 @@ def confirm(session: Session, token: str) -> None:
 
     A confirmation whose answer is lost is asked for again by `give_up`, which finds it in the history.
     """
+    _asked.add(token)
     done = session.run(shlex.join(argv("confirm", token)), timeout=ANSWER_S)
     if done.exit_code != 0:
         raise ReachError(f"{session.name}: the guard was not disarmed: {last_line(done.stdout, done.stderr)}")

@@ -271,6 +271,7 @@ class Faults:
 
     def disk_full(self) -> None:
         disk = faults.Disk(self.lab.run, self.lab.target(DISK))
+        # Not while files are written: what comes between the copying and the mounting would be gone.
         disk.prepare()
         before = ssh_and_firewall(self.lab, DISK)
         number = seeded("disk full").randint(3, OPERATIONS)
@@ -292,10 +293,12 @@ class Faults:
     def disk_full_at_the_last_step(self) -> None:
         """The step that moves sshd: nothing of it may be half there, and the step before it is undone."""
         disk = faults.Disk(self.lab.run, self.lab.target(DISK))
+        disk.prepare()
         before = ssh_and_firewall(self.lab, DISK)
         with contextlib.ExitStack() as full, self.converge(DISK) as running:
             assert running.wait_for_name("ssh: answers the tailnet alone")
-            full.enter_context(disk.full())
+            disk.fill()
+            full.callback(disk.free)
             done = running.finish(BOUND_S)
             # While it is full still: what is put back needs no room.
             assert self.settled(DISK, before) == AS_IT_WAS

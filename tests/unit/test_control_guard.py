@@ -24,6 +24,9 @@ class HostThere:
     asked: list[str] = field(default_factory=list)
     rollback_works: bool = True
     confirm_says: str = ""
+    armed: bool = True
+    full: bool = False
+    """Its disk: nothing is written down."""
 
     def answer(self, line: str) -> Result:
         words = line.split()[2:]
@@ -31,9 +34,13 @@ class HostThere:
         if words[0] == "rollback":
             if not self.rollback_works:
                 return Result(1, b"not as before: ufw\n", b"")
-            self.history.insert(0, dict(ROLLED_BACK))
+            self.armed = False
+            if not self.full:
+                self.history.insert(0, dict(ROLLED_BACK))
         if words[0] == "status":
-            return Result(0, json.dumps({"schema": 1, "armed": None, "history": self.history}).encode(), b"")
+            over = any(one["token"] == TOKEN for one in self.history)
+            armed = {"token": TOKEN} if self.armed and not over else None
+            return Result(0, json.dumps({"schema": 1, "armed": armed, "history": self.history}).encode(), b"")
         if words[0] == "confirm" and self.confirm_says:
             return Result(1, b"", self.confirm_says.encode())
         return Result(0, b"", b"")
@@ -66,6 +73,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now[0] += seconds
 
     monkeypatch.setattr(guard.time, "sleep", sleep)
+    monkeypatch.setattr(guard, "_asked", set())
     guard.note("vps1", guard.Armed(token=TOKEN, until=20.0))
     return now
 
@@ -136,7 +144,26 @@ def test_a_rollback_that_does_not_work_is_not_called_one(clock: list[float]) -> 
     assert told.startswith("whether the change was undone is not known: the host could not undo it: not as")
 
 
-def test_a_refused_confirmation_says_why() -> None:
+def test_a_host_whose_disk_is_full_has_undone_it_all_the_same(clock: list[float]) -> None:
+    """A guard stays armed until everything is undone."""
+    there, said = HostThere(full=True), list[str]()
+    told = guard.give_up("vps1", Line(there), say=said.append)  # type: ignore[arg-type]
+    assert told is not None
+    assert "undone by the host's guard" in told
+    assert said == ["the host could not write down what it did: is its disk full?"]
+    assert clock[0] == 0
+
+
+def test_without_a_word_of_it_a_confirmation_that_was_asked_for_is_not_ruled_out(clock: list[float]) -> None:
+    there = HostThere(full=True, armed=False, confirm_says="cut off")
+    with pytest.raises(ReachError):
+        guard.confirm(Line(there), TOKEN)  # type: ignore[arg-type]
+    told = guard.give_up("vps1", Line(there), say=print)  # type: ignore[arg-type]
+    assert told is not None
+    assert told.startswith("whether the change was undone is not known: ")
+
+
+def test_a_refused_confirmation_says_why(clock: list[float]) -> None:
     there = HostThere(confirm_says="quietport guard: this session began before the guard was armed.\n")
     with pytest.raises(ReachError, match=r"not disarmed: .*this session began before"):
         guard.confirm(Line(there), TOKEN)  # type: ignore[arg-type]
