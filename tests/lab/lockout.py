@@ -5,7 +5,7 @@ the guarded transaction. Within the guard's timeout and a minute the host must b
 the old state, complete, or by the tailnet with the new one, complete; the controller must have said which.
 
 The seed decides which fault comes when and where. When a round fails, its number (`--only`) does it again.
-What needs a kernel or a boot of its own is in lockplan.VM_ONLY.
+What needs a kernel, a clock or a boot of its own is done to a VM: power.py.
 """
 
 from __future__ import annotations

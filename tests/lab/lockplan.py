@@ -43,14 +43,6 @@ FAULTS = (
     Fault("two controllers, the first killed", ARMED, 50),
     Fault("rollback killed half-way", ARMED, 50),
 )
-# A container shares its clock with this machine, and a power cut is one of a machine.
-VM_ONLY = (
-    "clock set back an hour while armed",
-    "clock set forward a day while armed",
-    "power cut while armed",
-    "machine rebooted while armed",
-)
-
 
 @dataclass(frozen=True)
 class Round:

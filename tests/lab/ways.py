@@ -151,7 +151,9 @@ class Ways:
         host.inside("DEBIAN_FRONTEND=noninteractive apt-get install -y -q tailscale", timeout=300)
         waited(lambda: not self.open_places(), "closed by itself", within=CLOSES_WITHIN_S)
         host.comes_to_answer(address)
-        assert host.inside("quietport open --status").startswith("Not open. ")
+        # sshd moves first, and the firewall and the note about it after that.
+        told = "quietport open --status"
+        waited(lambda: host.inside(told).startswith("Not open. "), "all of it closed", within=30)
 
     # And back
 
