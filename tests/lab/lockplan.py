@@ -44,6 +44,7 @@ FAULTS = (
     Fault("rollback killed half-way", ARMED, 50),
 )
 
+
 @dataclass(frozen=True)
 class Round:
     """A converge with a fault. `where`: which of the risky steps, from 0 to 1; `when`: how far into it."""
