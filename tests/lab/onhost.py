@@ -76,8 +76,11 @@ class OnHost:
         return run([*self.ssh_argv(address, *options, user=user), command], timeout=LOGIN_TIMEOUT_S)
 
     def answers(self, address: str) -> bool:
-        """Whether a new login there works."""
-        return self.login(address, "true").code == 0
+        """Whether a new login there works. One that hangs, on a path that is just being found, does not."""
+        try:
+            return self.login(address, "true").code == 0
+        except subprocess.TimeoutExpired:
+            return False
 
     def comes_to_answer(self, address: str, *, within: float = FOLLOWED_S) -> float:
         """Wait for a login there; how many seconds it took."""
