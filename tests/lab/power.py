@@ -1,6 +1,6 @@
 """A converged VM under a guard, whose machine goes down or whose clock is set (test_power.py asks for it).
 
-Each fault begins with the converged host, arms a guard for 20 s, changes firewall and sshd, and ends with the
+Each fault begins with the converged host, arms a guard, changes firewall and sshd, and ends with the
 host as it was: all that a guard keeps is compared. So the next one begins where this one began.
 """
 
@@ -14,13 +14,13 @@ from lab import targets, vm
 from tests.lab.onhost import OnHost, waited
 from tests.lab.story import reachable
 
-TIMEOUT_S = 20
+# An emulated machine needs half a minute to arm a guard and to change something.
+TIMEOUT_S, EMULATED_TIMEOUT_S = 20, 60
 # What a rollback may take after its time; and a boot before that, emulated on a machine that does much else.
 ROLLBACK_S = 60
 BOOT_S = 300
 CHANGED = "/etc/ssh/sshd_config.d/99-lab.conf"
 CHANGE = f"ufw deny 2222/tcp; echo ClientAliveInterval 77 >{CHANGED}; systemctl reload ssh; sync"
-ARM = f"token=$(quietport guard arm --timeout {TIMEOUT_S} 2>/dev/null) && echo $token"
 # What is still at work when the power goes.
 AT_WORK = "/run/lab-at-work"
 
@@ -39,6 +39,11 @@ class Power:
 
     host: OnHost
 
+    @property
+    def timeout_s(self) -> int:
+        """Seconds of the guard."""
+        return EMULATED_TIMEOUT_S if self.host.target.detail["driver"] == "qemu" else TIMEOUT_S
+
     def run(self) -> Mapping[str, Ended]:
         """Every fault, one after the other."""
         return {name: self._tried(fault) for name, fault in FAULTS.items()}
@@ -50,7 +55,7 @@ class Power:
             address = host.addresses()[0]
             wanted = fault(self)
             token = host.inside("cat /root/lab-token").strip()
-            end = host.end_of(token, within=TIMEOUT_S + ROLLBACK_S)
+            end = host.end_of(token, within=self.timeout_s + ROLLBACK_S)
             assert (end["how"], end["why"]) == ("rolled back", wanted), end
             host.comes_to_answer(address, within=BOOT_S)
             assert host.differs() == ""
@@ -61,7 +66,8 @@ class Power:
 
     def _changed(self, exec_: str = f"quietport guard exec $token -- sh -c '{CHANGE}'") -> None:
         """Arm, keep the token for later, change."""
-        self.host.inside(f"set -e; {ARM} >/root/lab-token; sync; {exec_}")
+        arm = f"token=$(quietport guard arm --timeout {self.timeout_s} 2>/dev/null)"
+        self.host.inside(f"set -e; {arm}; echo $token >/root/lab-token; sync; {exec_}")
         self.host.inside(f"test -e {CHANGED} && grep -q 2222 /etc/ufw/user.rules")
 
     def _off_and_on(self) -> None:
@@ -93,7 +99,7 @@ class Power:
         waited(
             lambda: self.host.done(f"test -e {CHANGED}").returncode != 0,
             "the rollback began",
-            within=TIMEOUT_S + ROLLBACK_S,
+            within=self.timeout_s + ROLLBACK_S,
             every=0.1,
         )
         assert self.host.status()["armed"], "the control: it has not ended"
@@ -106,7 +112,7 @@ class Power:
         try:
             self._changed(f"date --set '{when}'; quietport guard exec $token -- sh -c '{CHANGE}'")
             assert host.status()["armed"], "the control: its time is not up"
-            wait = TIMEOUT_S + ROLLBACK_S
+            wait = self.timeout_s + ROLLBACK_S
             waited(lambda: host.status()["armed"] is None, "undone", within=wait, every=0.5)
         finally:
             host.inside(f"date --utc --set @{time.time():.0f}")
