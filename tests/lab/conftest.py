@@ -24,18 +24,18 @@ from lab.up import Wanted
 from tests.lab import record, table, variants
 from tests.lab.checks import CHECKS
 from tests.lab.guarded import Guarded
-from tests.lab.story import PROGRESS, TOLD, Lab, in_ci
+from tests.lab.story import PROGRESS, TOLD, Lab, in_ci, in_test_all
 from tests.lab.tale import Tale, tell
 
 BLANK = {
     "fleet": (Wanted.of("container", "trixie"), Wanted.of("container", "bookworm")),
     "vm": (Wanted.of("vm", "trixie"),),
 }
-if os.environ.get("QUIETPORT_TEST_ALL") == "1":
+if in_test_all():
     BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
 STORIES = {**BLANK, **variants.STORIES}
-# Not in every run yet: these have not been green as a whole on a machine that does much else.
-if os.environ.get("QUIETPORT_TEST_ALL") != "1":
+# Not in every run yet, which has no room for them: each is green on its own, but for test_power.py.
+if not in_test_all():
     collect_ignore = [
         "test_lockout.py",
         "test_follow.py",
@@ -353,7 +353,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     is made from a run of everything that CI runs. A part of that is compared with its part of the page, and a
     larger run may know more.
     """
-    larger = os.environ.get("QUIETPORT_TEST_ALL") == "1"
+    larger = in_test_all()
     run = record.recorded()
     whole = _is_everything(session.config) and exitstatus == pytest.ExitCode.OK and not (larger or SKIPPED)
     if whole and run:

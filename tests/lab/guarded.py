@@ -19,7 +19,7 @@ from typing import Any
 
 from lab import faults
 from tests.lab.interrupt import Converge
-from tests.lab.onhost import OnHost, waited
+from tests.lab.onhost import CHANGE, CHANGED, ROLLBACK_S, OnHost, waited
 from tests.lab.story import Chapters, Hosts, Lab, reachable, watched
 from tests.lab.untouched import changes, ssh_and_firewall
 
@@ -33,13 +33,6 @@ MADE: Mapping[str, tuple[str, tuple[str, ...]]] = {
 QUICK: Mapping[str, Any] = {"docker_source": "none", "secrets": {}}
 # Of the host whose converge is killed, which then waits for it.
 GUARD_TIMEOUT_S = 60
-# What a rollback may take after its time: two tries with sshd on a busy machine.
-ROLLBACK_S = 60
-# A change by hand that a guard is to undo: firewall, sshd's files, and what sshd has read.
-CHANGE = (
-    "ufw deny 2222/tcp; echo 'ClientAliveInterval 77' > /etc/ssh/sshd_config.d/99-lab.conf; "
-    "systemctl reload ssh"
-)
 JOIN = "tailscale up --login-server={server} --auth-key={key} --hostname={name} --force-reauth --timeout=60s"
 # tailscaled's start fails twice, and the third waits until a minute after the boot.
 LATE = """mkdir -p /etc/systemd/system/tailscaled.service.d
@@ -327,7 +320,7 @@ class Guarded:
             for _ in range(4):
                 time.sleep(2.5)
                 host.inside("systemctl daemon-reload")
-            there = "test -e /etc/ssh/sshd_config.d/99-lab.conf"
+            there = f"test -e {CHANGED}"
             waited(lambda: host.done(there).returncode != 0, "undone", within=20)
             assert time.monotonic() - began < 27, "the counting began anew"
             self.undone(host, token, why="timeout", within=ROLLBACK_S)
@@ -338,7 +331,7 @@ class Guarded:
         token = self.changed_under_guard(host, "--timeout 10")
         unit = f"quietport-guard-{token}.service"
         killed = host.inside(
-            "while [ -e /etc/ssh/sshd_config.d/99-lab.conf ]; do sleep 0.02; done; "
+            f"while [ -e {CHANGED} ]; do sleep 0.02; done; "
             f"pid=$(systemctl show --value -p MainPID {unit}); kill -9 $pid && echo $pid"
         )
         assert int(killed) > 1

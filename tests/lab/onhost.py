@@ -19,6 +19,11 @@ LOGIN_TIMEOUT_S = 60
 # An address that came or went is believed after 1.5 s, and sshd then reloads; this machine may be busy.
 FOLLOWED_S = 60
 HISTORY = "/var/lib/quietport/guard/history"
+# A change by hand that a guard is to undo: firewall, sshd's files, and what sshd has read.
+CHANGED = "/etc/ssh/sshd_config.d/99-lab.conf"
+CHANGE = f"ufw deny 2222/tcp; echo ClientAliveInterval 77 >{CHANGED}; systemctl reload ssh"
+# What a rollback may take after its time: two tries with sshd on a busy machine.
+ROLLBACK_S = 60
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lab import targets, vm
-from tests.lab.onhost import OnHost, waited
+from tests.lab.onhost import CHANGE, CHANGED, ROLLBACK_S, OnHost, waited
 from tests.lab.story import reachable
 
 # An emulated machine needs half a minute to arm a guard and to change something.
 TIMEOUT_S, EMULATED_TIMEOUT_S = 20, 60
-# What a rollback may take after its time; and a boot before that, emulated on a machine that does much else.
-ROLLBACK_S = 60
+# Emulated on a machine that does much else.
 BOOT_S = 300
-CHANGED = "/etc/ssh/sshd_config.d/99-lab.conf"
-CHANGE = f"ufw deny 2222/tcp; echo ClientAliveInterval 77 >{CHANGED}; systemctl reload ssh; sync"
+ON_DISK = f"{CHANGE}; sync"
 # What is still at work when the power goes.
 AT_WORK = "/run/lab-at-work"
 
@@ -64,7 +62,7 @@ class Power:
             return Ended("", f"{type(error).__name__}: {error}")
         return Ended(f"{end['how']} ({end['why']})")
 
-    def _changed(self, exec_: str = f"quietport guard exec $token -- sh -c '{CHANGE}'") -> None:
+    def _changed(self, exec_: str = f"quietport guard exec $token -- sh -c '{ON_DISK}'") -> None:
         """Arm, keep the token for later, change."""
         arm = f"token=$(quietport guard arm --timeout {self.timeout_s} 2>/dev/null)"
         self.host.inside(f"set -e; {arm}; echo $token >/root/lab-token; sync; {exec_}")
@@ -87,7 +85,7 @@ class Power:
         return "boot"
 
     def power_cut_during_a_command(self) -> str:
-        long = f"{CHANGE}; touch {AT_WORK}; sleep 600"
+        long = f"{ON_DISK}; touch {AT_WORK}; sleep 600"
         wait = f"while ! [ -e {AT_WORK} ]; do sleep 0.1; done"
         self._changed(f"quietport guard exec $token -- sh -c '{long}' >/dev/null 2>&1 & {wait}")
         self._off_and_on()
@@ -110,7 +108,7 @@ class Power:
         """A timer by the wall clock would wait an hour more, or be over at once."""
         host = self.host
         try:
-            self._changed(f"date --set '{when}'; quietport guard exec $token -- sh -c '{CHANGE}'")
+            self._changed(f"date --set '{when}'; quietport guard exec $token -- sh -c '{ON_DISK}'")
             assert host.status()["armed"], "the control: its time is not up"
             wait = self.timeout_s + ROLLBACK_S
             waited(lambda: host.status()["armed"] is None, "undone", within=wait, every=0.5)

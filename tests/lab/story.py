@@ -45,6 +45,11 @@ CONVERGE_TIMEOUT_S = 1800
 COMMAND_TIMEOUT_S = 300
 
 
+def in_test_all() -> bool:
+    """Whether this is `make test-all`."""
+    return os.environ.get("QUIETPORT_TEST_ALL") == "1"
+
+
 def in_ci() -> bool:
     """Whether nothing may be skipped."""
     return os.environ.get("CI") == "true"

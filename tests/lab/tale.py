@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from tests.lab.story import (
     Hosts,
     Lab,
     Place,
+    in_test_all,
     reachable,
 )
 
@@ -117,7 +117,7 @@ def tell(word: str, wanted: Sequence[Wanted]) -> Tale:
             ("closed", tale.public_side),
             ("spec", lambda: tale.hosts.spec()),
             ("again", lambda: tale.hosts.apply()),
-            *([("power", tale.power)] if os.environ.get("QUIETPORT_TEST_ALL") == "1" else []),
+            *([("power", tale.power)] if in_test_all() else []),
             ("publish", tale.publish),
             ("restart", tale.restart),
             ("closed again", tale.public_side),

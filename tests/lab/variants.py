@@ -6,7 +6,6 @@ what shows that the host really has it before, and what has become of it after.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from tests.lab.story import (
     Place,
     Plan,
     Watch,
+    in_test_all,
     reachable,
     watched,
 )
@@ -81,7 +81,7 @@ STORIES: dict[str, tuple[Wanted, ...]] = {
     ),
     "vm_mixed": (Wanted.of("vm", "bookworm", variants=MIXED_VM),),
 }
-if os.environ.get("QUIETPORT_TEST_ALL") == "1":
+if in_test_all():
     STORIES["variants_bookworm"] = of("container", "bookworm")
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from operations import tailnet, users
-from operations.common import script
+from tests.unit.stand_ins import install, run
 
 KEY = b"ssh-ed25519 AAAA b\xc3\xa9b\xc3\xa9"
 AUTH_KEY = b"hskey-auth-0123456789"
@@ -24,19 +22,9 @@ def host(tmp_path: Path) -> Path:
         "mktemp": f"mkdir -p {tmp_path}/work; echo {tmp_path}/work",
         "tailscale": f"echo \"$1\" >>{tmp_path}/asked; echo '{{\"BackendState\": \"NeedsLogin\"}}'",
     }
-    for name, text in programs.items():
-        file = tmp_path / "bin" / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(f"#!/bin/sh\n{text}\n")
-        file.chmod(0o755)
+    install(tmp_path, programs)
     (tmp_path / "home").mkdir()
     return tmp_path
-
-
-def run(host: Path, text: str, *args: str, sent: bytes) -> subprocess.CompletedProcess[bytes]:
-    command = script(text, *args).get_raw_value()
-    environ = {"PATH": f"{host / 'bin'}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
-    return subprocess.run(["sh", "-c", command], input=sent, env=environ, capture_output=True, check=False)
 
 
 def test_a_key_for_a_user_is_added_whole(host: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from operations import tailnet
-from operations.common import script
+from tests.unit.stand_ins import install, run
 
 KEY = b"hskey-auth-0123456789"
 
@@ -22,14 +20,8 @@ def join(place: Path, *, status: str, up: int) -> tuple[int, list[str]]:
         "systemctl": f'echo "systemctl $*" >>{place}/asked',
         "mktemp": f"mkdir -p {place}/work; echo {place}/work",
     }
-    for name, text in programs.items():
-        file = place / "bin" / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(f"#!/bin/sh\n{text}\n")
-        file.chmod(0o755)
-    command = script(tailnet._JOIN, "1", str(len(KEY)), "--hostname=vps1").get_raw_value()
-    environ = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(["sh", "-c", command], input=KEY, env=environ, capture_output=True, check=False)
+    install(place, programs)
+    done = run(place, tailnet._JOIN, "1", str(len(KEY)), "--hostname=vps1", sent=KEY)
     asked = (place / "asked").read_text().splitlines()
     return done.returncode, [line for line in asked if line != "tailscale status"]
 
