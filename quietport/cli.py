@@ -23,6 +23,8 @@ PROGRAMS = {
     "sshd-follow": ("quietport.sshd_follow", "keep sshd on the addresses of the tailnet"),
     "guard": ("quietport.guard.cli", "undo a change that can lock you out, unless it is confirmed"),
     "docker-user": ("quietport.docker_user", "keep the public side away from containers"),
+    "ssh-agent": ("quietport.sshagent.cli", "run a command with an ssh-agent that expires"),
+    "ttl-evidence": ("quietport.sshagent.evidence", "how long those sessions last, from their audit"),
 }
 
 

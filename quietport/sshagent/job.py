@@ -1,0 +1,246 @@
+"""The command: started, listened to, and ended as if the wrapper were not there.
+
+It stays in the process group of its caller, so terminal, pipeline and job control treat it as they would
+without a wrapper: what the terminal sends goes to the whole group and is not sent on; what is sent to the
+wrapper alone is. Which of the two a kill(2) was, the witness tells: a process in the same group that does
+nothing but report the signals it gets. When the command stops, the wrapper stops itself by the same signal.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import NoReturn
+
+from quietport.sshagent.names import AgentAccessError
+from quietport.sshagent.process import die_with_parent
+from quietport.sshagent.spawn import close_above
+
+# Faults of our own come to us whatever is blocked (signal(7)).
+_FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
+OURS = frozenset(signal.valid_signals() - _FAULTS - {signal.SIGKILL, signal.SIGSTOP})
+INTERRUPTS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+# A signal to a group reaches its members one after the other.
+_WITNESS_S = 0.05
+_SEEN = struct.Struct("=ii")
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+
+
+class InterruptedStartError(Exception):
+    """A signal asked the wrapper to end before there was a command."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
+
+
+class CommandError(AgentAccessError):
+    """The command cannot be executed; exit code 126 or 127, as of env(1)."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the command gets back of what the wrapper changed for itself."""
+
+    mask: set[signal.Signals]
+    umask: int
+    core: tuple[int, int]
+    child: bool
+
+    @classmethod
+    def take(cls) -> Original:
+        """Block all signals and make new files private, from here to the end of the wrapper."""
+        mask = {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, OURS)}
+        ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+        # With SIGCHLD ignored nobody learns how a child ended (waitpid(2)).
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return cls(mask, os.umask(0o077), resource.getrlimit(resource.RLIMIT_CORE), ignored)
+
+    def restore(self) -> None:
+        """In the child that becomes the command."""
+        os.umask(self.umask)
+        resource.setrlimit(resource.RLIMIT_CORE, self.core)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        if self.child:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
+def read_patiently(descriptor: int, *, seconds: float, most: int) -> bytes:
+    """What can be read until the end of it, at most `most` bytes, in at most `seconds`.
+
+    Raises InterruptedStartError, and TimeoutError.
+    """
+    data = b""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    deadline = time.monotonic() + seconds
+    while len(data) < most:
+        interrupted()
+        # Signals are blocked: they end no system call.
+        if poll.poll(20):
+            part = os.read(descriptor, most - len(data))
+            if not part:
+                break
+            data += part
+        elif time.monotonic() >= deadline:
+            raise TimeoutError
+    return data
+
+
+def interrupted() -> None:
+    """Raises InterruptedStartError when a signal that asks for an end is waiting."""
+    asked = {number for number in INTERRUPTS if signal.getsignal(number) != signal.SIG_IGN}
+    info = signal.sigtimedwait(asked, 0)
+    if info is not None:
+        raise InterruptedStartError(info.si_signo)
+
+
+def start(path: str, argv: Sequence[str], *, env: Mapping[bytes, bytes], original: Original) -> int:
+    """Start the command at `path`; returns its PID. Raises CommandError."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        number = 0
+        try:
+            original.restore()
+            os.execve(path, list(argv), env)  # noqa: S606 - no shell on purpose
+        except OSError as error:
+            number = error.errno or 0
+        finally:
+            with suppress(OSError):
+                os.write(writer, struct.pack("=i", number))
+            os._exit(NOT_EXECUTABLE)
+    os.close(writer)
+    failure = os.read(reader, 4)
+    os.close(reader)
+    if failure:
+        os.waitpid(child, 0)
+        (number,) = struct.unpack("=i", failure)
+        raise CommandError(f"{path} cannot be executed: {os.strerror(number)}.", code=NOT_EXECUTABLE)
+    return child
+
+
+@dataclass
+class Job:
+    """A command that runs. `ended` is told the PID and the wait status of every other child that ends."""
+
+    command: int
+    ended: Callable[[int, int], None]
+
+    def wait(self) -> int:
+        """Do what a wrapper has to until the command ends; returns its exit code, negative for a signal."""
+        with _witness() as witness:
+            while True:
+                info = signal.sigwaitinfo(OURS)
+                if info.si_signo == signal.SIGCHLD:
+                    code = self._children()
+                    if code is not None:
+                        return code
+                elif self._is_for_the_command(info, witness):
+                    with suppress(OSError):
+                        os.kill(self.command, info.si_signo)
+
+    def _is_for_the_command(self, info: signal.struct_siginfo, witness: int) -> bool:
+        number = info.si_signo
+        if info.si_code > 0:
+            # A terminal tells the whole group, but of its end only the leader of the session.
+            return number in (signal.SIGHUP, signal.SIGCONT) and os.getsid(0) == os.getpid()
+        if info.si_pid == os.getpid():
+            return False
+        return not _was_seen(witness, number, info.si_pid)
+
+    def _children(self) -> int | None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                return None
+            if pid == 0:
+                return None
+            if pid != self.command:
+                if not os.WIFSTOPPED(status):
+                    self.ended(pid, status)
+            elif os.WIFSTOPPED(status):
+                _stop(os.WSTOPSIG(status))
+            else:
+                return os.waitstatus_to_exitcode(status)
+
+
+def _stop(number: int) -> None:
+    """Stop like the command did, until somebody lets both go on."""
+    if signal.SIGCONT in signal.sigpending():
+        return  # somebody just did
+    if number == signal.SIGSTOP:
+        os.kill(os.getpid(), number)
+        return
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    # Unblocked it stops us here, and the next line is for after that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    signal.signal(number, before)
+
+
+@contextmanager
+def _witness() -> Iterator[int]:
+    """A child in our process group, and the descriptor on which it reports the signals it gets."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    wrapper = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _report_signals(writer, wrapper)
+    os.close(writer)
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def _report_signals(writer: int, wrapper: int) -> NoReturn:
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        close_above(2, keep=(writer,))
+        die_with_parent(wrapper, signal.SIGKILL)
+        os.set_blocking(writer, False)
+        while True:
+            info = signal.sigwaitinfo(OURS)
+            with suppress(BlockingIOError):
+                os.write(writer, _SEEN.pack(info.si_signo, info.si_pid))
+    finally:
+        os._exit(0)
+
+
+def _was_seen(witness: int, number: int, sender: int) -> bool:
+    """Whether the whole group got this signal."""
+    poll = select.poll()
+    poll.register(witness, select.POLLIN)
+    deadline = time.monotonic() + _WITNESS_S
+    while (left := deadline - time.monotonic()) > 0:
+        if not poll.poll(left * 1000):
+            return False
+        try:
+            data = os.read(witness, _SEEN.size)
+        except BlockingIOError:
+            continue
+        if not data:
+            return False
+        if _SEEN.unpack(data) == (number, sender):
+            return True
+    return False

@@ -1,0 +1,85 @@
+"""--stop ID: the keys and the agent of a session end; its command goes on.
+
+What is printed: STOPPED ID, or ALREADY_ENDED ID when there was no agent any more.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+
+from quietport.sshagent import audit, sessions
+from quietport.sshagent.names import ID, AgentAccessError, moment_of, now
+from quietport.sshagent.record import Record
+from quietport.sshagent.root import Root, locked
+
+GRACE_S = 3.0
+
+
+def stop(root: Root, name: str) -> str:
+    """End the session `name`; returns the word that is printed. Raises AgentAccessError.
+
+    A process is signalled only while it is certain that the PID is the agent's.
+    """
+    if ID.fullmatch(name) is None:
+        raise AgentAccessError("That is not the id of a session: --list shows them.")
+    with locked(root):
+        session = sessions.settle_one(root, name, audit.read(root))
+        record = session.record
+        if record is None:
+            raise AgentAccessError(f"The session {name} is {session.status}: {session.cause}.")
+        if record.agent.gone():
+            return "ALREADY_ENDED"
+        agent = _handle(record)
+        if agent is None:
+            raise AgentAccessError(
+                f"Whether PID {record.agent.pid} is the agent of {name} cannot be proved: nothing was done."
+            )
+        try:
+            if not record.ended:
+                seconds = (now() - moment_of(record.created_at)).total_seconds()
+                sessions.end(
+                    root,
+                    sessions.over(
+                        record, status="stopped", reason="stop-requested", exit_status=None, seconds=seconds
+                    ),
+                )
+            _end(agent, record)
+        finally:
+            os.close(agent)
+    return "STOPPED"
+
+
+def _handle(record: Record) -> int | None:
+    """A descriptor of the agent (pidfd_open(2)); None when it is not certain to be the agent.
+
+    It is when its own start time says so, or while its parent lives: the keeper waits for no child, so
+    nobody else can have the PID. With hidepid only the keeper is shown.
+    """
+    try:
+        agent = os.pidfd_open(record.agent.pid)
+    except OSError:
+        return None
+    if record.agent.proved() or record.keeper.proved():
+        return agent
+    os.close(agent)
+    return None
+
+
+def _end(agent: int, record: Record) -> None:
+    poll = select.poll()
+    poll.register(agent, select.POLLIN)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(agent, number)
+        if poll.poll(GRACE_S * 1000):
+            break
+    else:
+        raise AgentAccessError(f"The agent with PID {record.agent.pid} cannot be ended.")
+    # It is gone for kill(2) only when its parent's parent has waited for it.
+    deadline = time.monotonic() + GRACE_S
+    while not record.agent.gone() and time.monotonic() < deadline:
+        time.sleep(0.005)

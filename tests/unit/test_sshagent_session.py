@@ -1,0 +1,422 @@
+"""Sessions with the real ssh-agent and ssh-add, started as a user starts them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from control.zipapp import build
+from tests.unit.sshagent_world import VARIABLE, World, alive, make_key, script, wait_until
+
+
+@pytest.fixture(scope="module", name="key")
+def _key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_key(tmp_path_factory.mktemp("key") / "k")
+
+
+@pytest.fixture(name="world")
+def _world(tmp_path: Path, key: Path) -> World:
+    return World(tmp_path, key)
+
+
+def left_behind(world: World) -> list[str]:
+    """Sessions, staged ones and sockets."""
+    return [
+        str(path.relative_to(world.root))
+        for name in ("sessions", "staging", "sockets")
+        for path in (world.root / name).glob("*")
+    ]
+
+
+def test_a_session_from_its_start_to_its_end(world: World) -> None:
+    code = "echo $SSH_AGENT_PID; stat -c %a-%F $SSH_AUTH_SOCK; umask; ulimit -Sc; exec ssh-add -l"
+    done = world.run("--", "sh", "-c", code, preexec_fn=lambda: os.umask(0o027) and None)
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["", "600-socket", "0027"]
+    assert (
+        lines[3]
+        == subprocess.run(
+            ["sh", "-c", "ulimit -Sc"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
+    assert "canary (ED25519)" in lines[4]
+    assert (done.returncode, done.stderr) == (0, "")
+    session = world.only()
+    assert (session["status"], session["exit_reason"], session["exit_status"]) == (
+        "stopped",
+        "command-ended",
+        0,
+    )
+    assert set(session) == {
+        "id", "status", "created_at", "expires_at", "ended_at", "duration_s", "exit_reason", "exit_status",
+    }  # fmt: skip
+    assert world.events() == ["created", "key_loaded", "stopped"]
+    folder = world.root / "sessions" / session["id"]
+    environment = (folder / "agent.env").read_text()
+    pattern = r"SSH_AUTH_SOCK=/.+/sockets/\d{8}T\d{6}Z-[0-9a-f]{8}\nSSH_AGENT_PID=(\d+)\n"
+    match = re.fullmatch(pattern, environment)
+    assert match
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(match[1]), 0)
+    for place, mode in ((world.root, 0o700), (folder, 0o700), (folder / "session.json", 0o600),
+                        (folder / "agent.env", 0o600), (world.root / "audit.jsonl", 0o600)):  # fmt: skip
+        assert place.stat().st_mode & 0o7777 == mode
+    assert not list((world.root / "sockets").iterdir())
+    assert world.run("--prune", "--dry-run").stdout == f"WOULD_PRUNE {session['id']}\n"
+    assert folder.is_dir()
+    assert world.run("--prune").stdout == f"PRUNED {session['id']}\n"
+    assert left_behind(world) == []
+    assert world.events()[-1] == "pruned"
+
+
+@pytest.mark.parametrize(("code", "expected"), [("exit 0", 0), ("exit 41", 41), ("kill -TERM $$", 143),
+                                                ("kill -KILL $$", 137)])  # fmt: skip
+def test_the_exit_status_is_the_command_s(world: World, code: str, expected: int) -> None:
+    assert world.run("--", "sh", "-c", code).returncode == expected
+    assert world.only()["exit_status"] == expected
+
+
+def test_the_key_may_come_on_a_descriptor_and_under_another_name(world: World) -> None:
+    bare = {name: value for name, value in world.env().items() if name != VARIABLE}
+    with world.key.open("rb") as stream:
+        done = world.run(
+            "--key-fd", str(stream.fileno()), "--", "ssh-add", "-l", env=bare, pass_fds=[stream.fileno()]
+        )
+    assert (done.returncode, "canary" in done.stdout) == (0, True)
+    with world.key.open("rb") as stream:
+        done = world.run("--key-fd", "0", "--", "ssh-add", "-l", env=bare, stdin=stream)
+    assert (done.returncode, "canary" in done.stdout) == (0, True)
+    # A shell takes the last line feed away, a web form puts carriage returns in.
+    text = world.key.read_text().strip().replace("\n", "\r\n")
+    done = world.run("--key-env", "OTHER", "--", "ssh-add", "-l", env={**bare, "OTHER": text})
+    assert (done.returncode, "canary" in done.stdout) == (0, True)
+
+
+def test_the_ttl_ends_the_agent_and_not_the_command(world: World) -> None:
+    began = time.monotonic()
+    # ssh-agent counts whole seconds: a key of 1 second may be gone at once.
+    code = "ssh-add -l >/dev/null || exit 9; sleep 2.5; ssh-add -l; exit 5"
+    done = world.run("--ttl", "2", "--", "sh", "-c", code)
+    assert (done.returncode, done.stdout) == (5, "")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("codex-openclaw-ssh-agent:")]
+    assert len(ours) == 1
+    assert "has reached its TTL of 2s" in ours[0]
+    assert time.monotonic() - began < 10
+    session = world.only()
+    assert (session["status"], session["exit_reason"], session["exit_status"]) == ("expired", "ttl", 5)
+    assert session["duration_s"] == pytest.approx(2, abs=0.01)
+    assert world.events() == ["created", "key_loaded", "expired"]
+
+
+def test_stop_ends_the_agent_and_not_the_command(world: World) -> None:
+    go = world.folder / "go"
+    process = world.start("--", "sh", "-c", f"while ! test -e {go}; do sleep 0.05; done; ssh-add -l; exit 6")
+    wait_until(lambda: "key_loaded" in world.events())
+    session = world.only()
+    assert session["status"] == "active"
+    done = world.run("--stop", session["id"])
+    assert (done.returncode, done.stdout) == (0, f"STOPPED {session['id']}\n")
+    assert world.run("--stop", session["id"]).stdout == f"ALREADY_ENDED {session['id']}\n"
+    assert world.only()["exit_reason"] == "stop-requested"
+    go.touch()
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (6, "")
+    assert "was stopped: its keys and its agent are gone; the command goes on." in err
+    assert world.only()["exit_status"] == 6
+    assert world.events() == ["created", "key_loaded", "stopped"]
+    assert world.run("--stop", "../..").returncode == 125
+    assert world.run("--stop", "20200101T000000Z-00000000").returncode == 125
+
+
+def test_usage_errors_are_one_sentence_and_touch_nothing(world: World) -> None:
+    cases: list[list[str]] = [
+        *(["--ttl", ttl, "--", "true"] for ttl in ("0", "-5", "-1m", "abc", "", "25h", "86401", "1e3", "\u0663")),  # noqa: E501
+        ["--no-such"], ["word"], ["--"], ["--list", "--prune"], ["--list", "--ttl", "5"], ["--dry-run"],
+        ["--json"], ["--key-env", "A", "--key-fd", "0", "--", "true"], ["--key-fd", "999", "--", "true"],
+        ["--key-fd", "x", "--", "true"], ["--key-env", "a=b", "--", "true"], ["--stop"],
+        ["--allow-host", "-oProxyCommand=x", "--", "true"], ["--allow-host", "a b", "--", "true"],
+        ["--known-hosts", "relative", "--", "true"], ["--list", "--", "true"], ["--ttl", "5", "--ttl", "6"],
+    ]  # fmt: skip
+    from quietport.sshagent import cli
+
+    for words in cases:
+        # In this process: forty interpreters would take their time.
+        with pytest.MonkeyPatch.context() as patch:
+            said: list[str] = []
+            patch.setattr("quietport.sshagent.wrapper.complain", said.append)
+            code = cli.main(["--runtime-root", str(world.root), *words])
+        assert (code, len(said)) == (2, 1), (words, said)
+        assert said[0].endswith((".", "<file.")), said
+    done = world.run("--ttl", "0", "--", "true")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert not world.root.exists()
+
+
+def test_a_start_that_cannot_be_is_one_sentence_and_leaves_nothing(world: World) -> None:
+    locked = make_key(world.folder / "locked", passphrase="secret")
+    broken = world.key.read_text().splitlines()
+    broken[2] = broken[2][::-1]
+    inside = {"CODEX_OPENCLAW_SSH_AGENT_SESSION": "20260101T000000Z-00000000"}
+    empty = world.folder / "empty"
+    empty.mkdir()
+    cases = [
+        (world.env(**{VARIABLE: locked.read_text()}), (), "passphrase", 125),
+        (world.env(**{VARIABLE: "\n".join(broken)}), (), "cannot read the private key", 125),
+        (world.env(**{VARIABLE: "nonsense"}), (), "not a private key", 125),
+        (world.env(**{VARIABLE: ""}), (), "is not set", 125),
+        (world.env(**{VARIABLE: "x" * 20000}), (), "larger than", 125),
+        (world.env(**inside), (), "already inside", 125),
+        ({**world.env(), "PATH": str(empty)}, (), "install openssh-client", 125),
+        (world.env(), ("--", "no-such-command"), "can be found", 127),
+        (world.env(), ("--", str(empty)), "can be found", 127),
+        (world.env(), ("--allow-host", "x", "--known-hosts", "/no/such", "--", "true"), "no/such", 125),
+    ]
+    for env, words, sentence, code in cases:
+        done = world.run(*(words or ("--", "true")), env=env)
+        assert (done.returncode, done.stdout) == (code, ""), (sentence, done)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert sentence in done.stderr
+        assert left_behind(world) == []
+    # The one that got as far as ssh-add is in the audit.
+    assert world.events() == ["created", "stopped"]
+
+
+def test_a_command_that_is_no_program_is_126(world: World) -> None:
+    place = world.folder / "noformat"
+    place.write_bytes(b"\x7fELF nonsense")
+    place.chmod(0o755)
+    done = world.run("--", str(place))
+    assert done.returncode == 126
+    assert left_behind(world) == []
+    assert world.events() == ["created", "key_loaded", "stopped"]
+
+
+def test_no_ssh_agent_that_works(world: World) -> None:
+    world.path.append(script(world.folder / "bin", "ssh-agent", "echo no agent today >&2; exit 1").parent)
+    done = world.run("--", "true")
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+    assert "no agent today" in done.stderr
+    assert left_behind(world) == []
+
+
+def test_a_runtime_root_too_long_for_a_socket(world: World) -> None:
+    long = world.folder / ("x" * 100)
+    done = world.run("--runtime-root", str(long), "--", "true")
+    assert done.returncode == 2  # given twice
+    argv = [sys.executable, "-m", "quietport", "ssh-agent", "--runtime-root", str(long), "--", "true"]
+    done = subprocess.run(argv, env=world.env(), capture_output=True, text=True, check=False)
+    assert (done.returncode, "too long for a socket" in done.stderr) == (125, True)
+
+
+COUNT = """
+import os, signal, sys, time
+seen = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH):
+    signal.signal(number, lambda n, _: seen.append(signal.Signals(n).name))
+print("ready", os.getpid(), os.getpgid(0), flush=True)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.02)
+print(" ".join(sorted(seen)), flush=True)
+"""
+
+
+def test_a_signal_reaches_the_command_once_however_it_was_sent(world: World) -> None:
+    go = world.folder / "go"
+    process = world.start("--", sys.executable, "-c", COUNT, str(go), start_new_session=True)
+    assert process.stdout is not None
+    _, pid, group = process.stdout.readline().split()
+    assert int(group) == process.pid  # the group of its caller
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGINT)
+    os.kill(int(pid), signal.SIGQUIT)
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(0.5)
+    go.touch()
+    assert process.stdout.read().split() == ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1"]
+    assert process.wait(20) == 0
+
+
+def test_signals_that_the_caller_ignores_stay_ignored(world: World) -> None:
+    code = "trap; grep SigIgn /proc/self/status"
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def value(text: str) -> int:
+        return int(text.split("SigIgn:")[1], 16)
+
+    wrapped = value(world.run("--", "sh", "-c", code, preexec_fn=ignore).stdout)
+    bare = value(subprocess.run(["sh", "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert wrapped & ~bare == 1 << (signal.SIGHUP - 1)
+
+
+class Terminal:
+    """A terminal with an interactive shell, as a person has one."""
+
+    def __init__(self, world: World) -> None:
+        self.master, terminal = pty.openpty()
+        env = {**world.env(), "PS1": "$ ", "ENV": "", "HISTFILE": ""}
+        self.shell = subprocess.Popen(
+            ["bash", "--norc", "--noprofile", "-i"],
+            stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0) and None,
+        )  # fmt: skip
+        os.close(terminal)
+        os.set_blocking(self.master, False)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def expect(self, word: str) -> None:
+        """Wait for `word`, and forget everything up to it."""
+
+        def there() -> bool:
+            with suppress(OSError):
+                self.text += os.read(self.master, 4096).decode(errors="replace")
+            return word in self.text
+
+        try:
+            wait_until(there)
+        except AssertionError:
+            raise AssertionError(f"no {word!r} in {self.text!r}") from None
+        self.text = self.text.split(word, 1)[1]
+
+    def close(self) -> None:
+        os.close(self.master)
+        self.shell.kill()
+        self.shell.wait()
+
+
+def test_job_control_as_without_a_wrapper(world: World) -> None:
+    terminal = Terminal(world)
+    try:
+        job = world.folder / "job.py"
+        job.write_text(JOB)
+        program = " ".join(world.argv("--", sys.executable, str(job)))
+        terminal.type("stty -echo\n")
+        terminal.expect("$ ")
+        terminal.type(f"{program}; echo rc=$((0+$?))\n")
+        terminal.expect("ready")
+        terminal.type("\x1a")
+        terminal.expect("Stopped")
+        terminal.type("fg\n")
+        terminal.expect("continued")
+        terminal.type("a line\n")  # the command has the terminal again
+        terminal.expect("got a line")
+        terminal.type("\x03")
+        terminal.expect("interrupts=1")
+        terminal.type("\x1a")
+        terminal.expect("Stopped")
+        terminal.type("bg\n")
+        terminal.expect("continued")
+        terminal.type("kill %1; wait %1; echo rc=$((0+$?))\n")
+        terminal.expect("rc=143")
+    finally:
+        terminal.close()
+    session = world.only()
+    assert (session["status"], session["exit_status"]) == ("stopped", 143)
+
+
+JOB = """
+import os, select, signal, sys, time
+interrupts = []
+signal.signal(signal.SIGINT, lambda n, f: interrupts.append(n))
+signal.signal(signal.SIGCONT, lambda n, f: print("continued", flush=True))
+print("ready", flush=True)
+while True:
+    time.sleep(0.05)
+    foreground = os.tcgetpgrp(0) == os.getpgid(0)
+    if foreground and select.select([0], [], [], 0)[0]:
+        print("got", sys.stdin.readline().strip(), flush=True)
+    if interrupts:
+        print("interrupts=%d" % len(interrupts), flush=True)
+        interrupts.clear()
+"""
+
+
+def test_a_pipeline_keeps_its_terminal(world: World) -> None:
+    terminal = Terminal(world)
+    try:
+        # `read` in the other half of the pipeline would be stopped were the terminal given to the command.
+        program = " ".join(world.argv("--", "sh", "-c", "'echo up; sleep 1'"))
+        terminal.type("stty -echo\n")
+        terminal.expect("$ ")
+        terminal.type(f"{program} | (read up; echo $up; read x </dev/tty; echo read=$x)\n")
+        terminal.expect("up")
+        terminal.type("word\n")
+        terminal.expect("read=word")
+    finally:
+        terminal.close()
+
+
+def test_an_upgrade_does_not_disturb_a_session_that_runs(world: World) -> None:
+    program = world.folder / "quietport.pyz"
+    program.write_bytes(build())
+    go = world.folder / "go"
+    argv = [sys.executable, "-I", str(program), "ssh-agent", "--runtime-root", str(world.root), "--ttl", "2"]
+    code = f"while ! test -e {go}; do sleep 0.05; done; exit 4"
+    process = subprocess.Popen(
+        [*argv, "--", "sh", "-c", code], env=world.env(), stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: "key_loaded" in world.events())
+    program.write_bytes(b"nothing Python could read")
+    wait_until(lambda: "expired" in world.events())
+    go.touch()
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err.count("\n")) == (4, 1)
+    assert "has reached its TTL" in err
+    session = world.only()
+    assert (session["status"], session["exit_status"]) == ("expired", 4)
+
+
+def test_versions_are_told_apart(world: World) -> None:
+    program = world.folder / "quietport.pyz"
+    program.write_bytes(build())
+
+    def said(*argv: str) -> str:
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+    here = world.run("--version").stdout
+    assert re.fullmatch(r"codex-openclaw-ssh-agent \d+\.\d+\.\d+\+[0-9a-f]{12}\n", here)
+    assert said(sys.executable, "-I", str(program), "ssh-agent", "--version") == here
+    evidence = said(sys.executable, "-I", str(program), "ttl-evidence", "--version")
+    assert evidence.split()[1] == here.split()[1]
+    copy = world.folder / "src" / "quietport"
+    subprocess.run(
+        ["cp", "-r", str(Path(__file__).parents[2] / "quietport"), str(copy.parent) + "/"], check=False
+    )
+    copy.parent.mkdir(exist_ok=True)
+    subprocess.run(["cp", "-r", str(Path(__file__).parents[2] / "quietport"), str(copy)], check=True)
+    with (copy / "net.py").open("a") as stream:
+        stream.write("\n")
+    program.write_bytes(build(copy))
+    assert said(sys.executable, "-I", str(program), "ssh-agent", "--version") != here
+
+
+def test_an_agent_that_dies_is_a_crash(world: World) -> None:
+    go = world.folder / "go"
+    process = world.start("--", "sh", "-c", f"while ! test -e {go}; do sleep 0.05; done")
+    wait_until(lambda: "key_loaded" in world.events())
+    (environment,) = (world.root / "sessions").glob("*/agent.env")
+    agent = int(environment.read_text().split("SSH_AGENT_PID=")[1])
+    assert alive(agent)
+    os.kill(agent, signal.SIGKILL)
+    wait_until(lambda: "crashed" in world.events())
+    go.touch()
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, "lost its agent" in err) == (0, True)
+    assert world.only()["exit_reason"] == "agent-died"
+    assert world.events() == ["created", "key_loaded", "crashed"]
