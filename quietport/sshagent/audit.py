@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import syslog
 from contextlib import suppress
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ def _rotate(root: Root) -> None:
     if not due:
         return
     moment = now()
-    name = f"audit-{moment:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}.jsonl"
+    name = f"audit-{moment:%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}.jsonl"
     os.rename(AUDIT, name, src_dir_fd=root.fd, dst_dir_fd=root.fd)
     for old in _rotated(root):
         match = _ROTATED.fullmatch(old)

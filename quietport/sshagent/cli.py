@@ -24,7 +24,6 @@ executed, 127 it cannot be found, 2 wrong usage.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -32,25 +31,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quietport.errors import FINE, USAGE, printable
-from quietport.sshagent import hosts, key, sessions, wrapper
+from quietport.sshagent.hosts import KNOWN_HOSTS, MAX_HOSTS, is_host
 from quietport.sshagent.names import (
     DEFAULT_TTL_S,
     FAILED,
     KEY_VARIABLE,
     MAX_TTL_S,
     PROGRAM,
-    SCHEMA,
     AgentAccessError,
+    complain,
     duration,
     seconds_of,
 )
-from quietport.sshagent.process import keep_secret
-from quietport.sshagent.prune import prune
-from quietport.sshagent.root import MissingError, Root, open_root
-from quietport.sshagent.sessions import Session
-from quietport.sshagent.spawn import standard_descriptors
-from quietport.sshagent.stop import stop
-from quietport.sshagent.version import version
+from quietport.sshagent.wanted import Wanted, find_tools, refuse_nesting
 
 _VALUES = (
     "--ttl", "--key-env", "--key-fd", "--allow-host", "--known-hosts", "--runtime-root", "--stop",
@@ -89,15 +82,15 @@ def main(argv: list[str]) -> int:
     try:
         return _main(argv)
     except AgentAccessError as error:
-        wrapper.complain(str(error))
+        complain(str(error))
         return error.code
     except BrokenPipeError:
         raise
     except OSError as error:
-        wrapper.complain(f"The system refuses: {error.strerror}.")
+        complain(f"The system refuses: {error.strerror}.")
         return FAILED
     except Exception as error:  # its text and its traceback could hold anything
-        wrapper.complain(f"This is a bug of {PROGRAM} {version()}: {type(error).__name__}.")
+        complain(f"This is a bug of {PROGRAM}: {type(error).__name__}.")
         return FAILED
 
 
@@ -110,8 +103,6 @@ def parse(argv: Sequence[str]) -> Arguments:
         name, equals, value = word.partition("=")
         if word == "--":
             found.command, found.has_command = tuple(rest), True
-            if not rest:
-                raise UsageError("There is no command after --: leave -- away for your shell.")
             break
         if name in _VALUES:
             if not equals and not rest:
@@ -132,6 +123,8 @@ def _main(argv: Sequence[str]) -> int:
         print(__doc__, end="")
         return FINE
     if "--version" in arguments.flags:
+        from quietport.sshagent.version import version
+
         print(f"{PROGRAM} {version()}")
         return FINE
     modes: list[str] = [name for name in ("--list", "--prune") if name in arguments.flags]
@@ -160,22 +153,33 @@ def _refuse_strangers(arguments: Arguments, mode: str) -> None:
 
 
 def _with_root(arguments: Arguments, mode: str) -> int:
+    from quietport.sshagent.root import MissingError, open_root
+
     try:
         root = open_root(arguments.one("--runtime-root"), create=False, sockets=mode == "--prune")
     except MissingError as error:
         if mode == "--stop":
             raise AgentAccessError(f"There are no sessions: {error}") from error
         if "--json" in arguments.flags:
+            from quietport.sshagent.listing import list_json
+
             print(list_json([]))
         return FINE
     previous = os.umask(0o077)
     try:
         if mode == "--list":
-            return _list(root, as_json="--json" in arguments.flags)
+            from quietport.sshagent.listing import show
+
+            show(root, as_json="--json" in arguments.flags)
+            return FINE
         if mode == "--prune":
+            from quietport.sshagent.prune import prune
+
             for verdict in prune(root, dry="--dry-run" in arguments.flags):
                 print(f"{verdict.word} {printable(verdict.id)}")
             return FINE
+        from quietport.sshagent.stop import stop
+
         name = arguments.one("--stop") or ""
         print(f"{stop(root, name)} {name}")
         return FINE
@@ -184,39 +188,13 @@ def _with_root(arguments: Arguments, mode: str) -> int:
         root.close()
 
 
-def _list(root: Root, *, as_json: bool) -> int:
-    found, problem = sessions.everything(root)
-    print(list_json(found) if as_json else list_text(found))
-    if problem:
-        wrapper.complain(f"The end of a session cannot be written down: {problem}")
-    return FINE
-
-
-def list_json(found: Sequence[Session]) -> str:
-    """The document of `--list --json`."""
-    return json.dumps({"schema": SCHEMA, "sessions": [session.to_json() for session in found]}, indent=1)
-
-
-def list_text(found: Sequence[Session]) -> str:
-    """The same for people, a line a session."""
-    lines = [f"{'ID':25} {'STATUS':8} {'EXPIRES':24} {'LASTED':>10}  WHY"]
-    for session in found:
-        entry = session.to_json()
-        lasted = "" if entry["duration_s"] is None else f"{entry['duration_s']:.0f} s"
-        why = entry["exit_reason"] or session.cause
-        if entry["exit_status"] is not None:
-            why += f" (exit status {entry['exit_status']})"
-        name = printable(session.id)
-        lines.append(
-            f"{name:25} {session.status:8} {entry['expires_at'] or '':24} {lasted:>10}  {printable(why)}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def _session(arguments: Arguments, argv: Sequence[str]) -> int:
     handed_over = arguments.one("--handed-over")
     wanted = _wanted(arguments)
     if handed_over is not None:
+        # All that a session needs until its end: an upgrade may replace the zipapp meanwhile.
+        from quietport.sshagent import wrapper
+
         return wrapper.run(wanted, _descriptor("--handed-over", handed_over))
     variable, descriptor = arguments.one("--key-env"), arguments.one("--key-fd")
     if variable is not None and descriptor is not None:
@@ -224,39 +202,45 @@ def _session(arguments: Arguments, argv: Sequence[str]) -> int:
     if variable is not None and _VARIABLE.fullmatch(variable) is None:
         raise UsageError("--key-env takes the name of a variable.")
     number = None if descriptor is None else _descriptor("--key-fd", descriptor)
+    from quietport.sshagent import key
+    from quietport.sshagent.process import keep_secret
+    from quietport.sshagent.spawn import standard_descriptors
+
     # From here on there is a key in our memory.
     keep_secret()
     standard_descriptors()
-    wrapper.refuse_nesting()
-    wrapper.find_tools(wanted.command)
+    refuse_nesting()
+    find_tools(wanted.command)
     if wanted.hosts:
-        hosts.check(wanted.hosts, wanted.known_hosts)
+        from quietport.sshagent.hostkeys import check
+
+        check(wanted.hosts, wanted.known_hosts)
     variable = variable or KEY_VARIABLE
     material = key.from_variable(variable) if number is None else key.from_descriptor(number)
     key.hand_over(material, _again(wanted), began_with=argv, variable=variable)
     return FAILED
 
 
-def _wanted(arguments: Arguments) -> wrapper.Wanted:
+def _wanted(arguments: Arguments) -> Wanted:
     allowed = tuple(arguments.values.get("--allow-host", ()))
     for host in allowed:
-        if not hosts.is_host(host):
+        if not is_host(host):
             raise UsageError(f"--allow-host {host!r} is not HOST, USER@HOST or [HOST]:PORT.")
-    if len(allowed) > hosts.MAX_HOSTS:
-        raise UsageError(f"--allow-host is given more than {hosts.MAX_HOSTS} times.")
+    if len(allowed) > MAX_HOSTS:
+        raise UsageError(f"--allow-host is given more than {MAX_HOSTS} times.")
     known = arguments.one("--known-hosts")
     if known is not None and not Path(known).is_absolute():
         raise UsageError("--known-hosts takes an absolute path.")
-    return wrapper.Wanted(
+    return Wanted(
         ttl_s=_ttl(arguments.one("--ttl")),
         hosts=allowed,
-        known_hosts=hosts.KNOWN_HOSTS if known is None else Path(known),
+        known_hosts=KNOWN_HOSTS if known is None else Path(known),
         runtime_root=arguments.one("--runtime-root"),
         command=arguments.command,
     )
 
 
-def _again(wanted: wrapper.Wanted) -> list[str]:
+def _again(wanted: Wanted) -> list[str]:
     """The arguments that ask for the same, without the key."""
     arguments = ["--ttl", str(wanted.ttl_s), "--known-hosts", os.fspath(wanted.known_hosts)]
     for host in wanted.hosts:

@@ -34,7 +34,6 @@ from quietport.sshagent.names import (
     stamp,
 )
 from quietport.sshagent.root import MissingError, open_root
-from quietport.sshagent.version import version
 
 NEEDED_DAYS = 7
 CANDIDATES_S = (300, 600, 900, 1200, 1800, 2700, 3600, 7200, 14400, 28800, 43200)
@@ -167,6 +166,8 @@ def _main(argv: Sequence[str]) -> int:
             print(_USAGE + (__doc__ or ""), end="")
             return FINE
         if word == "--version":
+            from quietport.sshagent.version import version
+
             print(f"{EVIDENCE_PROGRAM} {version()}")
             return FINE
         if word == "--json":

@@ -14,23 +14,24 @@ import select
 import signal
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import NoReturn
 
-from quietport.sshagent.names import AgentAccessError
 from quietport.sshagent.process import die_with_parent
 from quietport.sshagent.spawn import close_above
+from quietport.sshagent.wanted import NOT_EXECUTABLE, CommandError
 
 # Faults of our own come to us whatever is blocked (signal(7)).
 _FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 OURS = frozenset(signal.valid_signals() - _FAULTS - {signal.SIGKILL, signal.SIGSTOP})
 INTERRUPTS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-# A signal to a group reaches its members one after the other.
-_WITNESS_S = 0.05
-_SEEN = struct.Struct("=ii")
-NOT_FOUND, NOT_EXECUTABLE = 127, 126
+_PROBE = signal.SIGRTMAX
+_GROUP_S = 0.002
+# The witness answers at once, unless the machine is very busy or it was stopped.
+_ANSWER_S = 1.0
+_REPORT = struct.Struct("=ii")
 
 
 class InterruptedStartError(Exception):
@@ -39,10 +40,6 @@ class InterruptedStartError(Exception):
     def __init__(self, number: int) -> None:
         self.number = number
         super().__init__(number)
-
-
-class CommandError(AgentAccessError):
-    """The command cannot be executed; exit code 126 or 127, as of env(1)."""
 
 
 @dataclass(frozen=True)
@@ -130,33 +127,109 @@ def start(path: str, argv: Sequence[str], *, env: Mapping[bytes, bytes], origina
 
 
 @dataclass
+class Witness:
+    """A child in our process group, and the descriptor on which it reports the signals it gets."""
+
+    pid: int
+    reports: int
+    _seen: list[tuple[float, int, int]] = field(default_factory=list)
+
+    @classmethod
+    def start(cls) -> Witness:
+        """Make it. All signals are blocked already."""
+        reader, writer = os.pipe()
+        wrapper = os.getpid()
+        child = os.fork()
+        if child == 0:
+            _report_signals(writer, wrapper)
+        os.close(writer)
+        return cls(child, reader)
+
+    def stop(self) -> None:
+        """End it, and wait for it."""
+        os.close(self.reports)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def saw(self, number: int, sender: int) -> bool:
+        """Whether the whole group got the signal `number` of the process `sender` that we just got."""
+        # kill(2) goes through a group one after the other: we may have been the first.
+        time.sleep(_GROUP_S)
+        self._catch_up()
+        recent = time.monotonic() - _ANSWER_S
+        self._seen = [entry for entry in self._seen if entry[0] > recent]
+        for entry in self._seen:
+            if entry[1:] == (number, sender):
+                self._seen.remove(entry)
+                return True
+        return False
+
+    def _catch_up(self) -> None:
+        """Take all reports. The probe is the last that a process is given of what is pending (signal(7))."""
+        try:
+            os.kill(self.pid, _PROBE)
+        except ProcessLookupError:
+            return
+        poll = select.poll()
+        poll.register(self.reports, select.POLLIN)
+        deadline = time.monotonic() + _ANSWER_S
+        while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
+            data = os.read(self.reports, _REPORT.size)
+            if len(data) < _REPORT.size:
+                return
+            number, sender = _REPORT.unpack(data)
+            if (number, sender) == (_PROBE, os.getpid()):
+                return
+            self._seen.append((time.monotonic(), number, sender))
+
+
+def _report_signals(writer: int, wrapper: int) -> NoReturn:
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        close_above(2, keep=(writer,))
+        die_with_parent(wrapper, signal.SIGKILL)
+        os.set_blocking(writer, False)
+        while True:
+            info = signal.sigwaitinfo(OURS)
+            if info.si_code <= 0:
+                with suppress(BlockingIOError):
+                    os.write(writer, _REPORT.pack(info.si_signo, info.si_pid))
+    finally:
+        os._exit(0)
+
+
+@dataclass
 class Job:
     """A command that runs. `ended` is told the PID and the wait status of every other child that ends."""
 
     command: int
+    witness: Witness
     ended: Callable[[int, int], None]
 
     def wait(self) -> int:
         """Do what a wrapper has to until the command ends; returns its exit code, negative for a signal."""
-        with _witness() as witness:
-            while True:
-                info = signal.sigwaitinfo(OURS)
-                if info.si_signo == signal.SIGCHLD:
-                    code = self._children()
-                    if code is not None:
-                        return code
-                elif self._is_for_the_command(info, witness):
-                    with suppress(OSError):
-                        os.kill(self.command, info.si_signo)
+        while True:
+            info = signal.sigwaitinfo(OURS)
+            if info.si_signo == signal.SIGCHLD:
+                code = self._children()
+                if code is not None:
+                    return code
+            elif self._is_for_the_command(info):
+                with suppress(OSError):
+                    os.kill(self.command, info.si_signo)
 
-    def _is_for_the_command(self, info: signal.struct_siginfo, witness: int) -> bool:
+    def _is_for_the_command(self, info: signal.struct_siginfo) -> bool:
         number = info.si_signo
         if info.si_code > 0:
             # A terminal tells the whole group, but of its end only the leader of the session.
             return number in (signal.SIGHUP, signal.SIGCONT) and os.getsid(0) == os.getpid()
         if info.si_pid == os.getpid():
             return False
-        return not _was_seen(witness, number, info.si_pid)
+        return not self.witness.saw(number, info.si_pid)
 
     def _children(self) -> int | None:
         while True:
@@ -189,58 +262,3 @@ def _stop(number: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     signal.signal(number, before)
-
-
-@contextmanager
-def _witness() -> Iterator[int]:
-    """A child in our process group, and the descriptor on which it reports the signals it gets."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    wrapper = os.getpid()
-    child = os.fork()
-    if child == 0:
-        _report_signals(writer, wrapper)
-    os.close(writer)
-    try:
-        yield reader
-    finally:
-        os.close(reader)
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(child, 0)
-
-
-def _report_signals(writer: int, wrapper: int) -> NoReturn:
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
-        close_above(2, keep=(writer,))
-        die_with_parent(wrapper, signal.SIGKILL)
-        os.set_blocking(writer, False)
-        while True:
-            info = signal.sigwaitinfo(OURS)
-            with suppress(BlockingIOError):
-                os.write(writer, _SEEN.pack(info.si_signo, info.si_pid))
-    finally:
-        os._exit(0)
-
-
-def _was_seen(witness: int, number: int, sender: int) -> bool:
-    """Whether the whole group got this signal."""
-    poll = select.poll()
-    poll.register(witness, select.POLLIN)
-    deadline = time.monotonic() + _WITNESS_S
-    while (left := deadline - time.monotonic()) > 0:
-        if not poll.poll(left * 1000):
-            return False
-        try:
-            data = os.read(witness, _SEEN.size)
-        except BlockingIOError:
-            continue
-        if not data:
-            return False
-        if _SEEN.unpack(data) == (number, sender):
-            return True
-    return False

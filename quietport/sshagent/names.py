@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 
-from quietport.errors import HostProgramError
+from quietport.errors import HostProgramError, printable
 
 PROGRAM = "codex-openclaw-ssh-agent"
 EVIDENCE_PROGRAM = f"{PROGRAM}-ttl-evidence"
@@ -27,6 +29,12 @@ class AgentAccessError(HostProgramError):
 
     def __init__(self, sentence: str, *, code: int = FAILED) -> None:
         super().__init__(sentence, code=code)
+
+
+def complain(sentence: str) -> None:
+    """One line on standard error. Never raises: who listened may have gone."""
+    with suppress(OSError):
+        os.write(2, f"{PROGRAM}: {printable(sentence)}\n".encode(errors="replace"))
 
 
 def now() -> datetime:

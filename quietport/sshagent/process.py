@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from quietport.guard.machine import started_ticks
 from quietport.sshagent.names import AgentAccessError
 
 # The largest PID the kernel gives (PID_MAX_LIMIT, proc(5)).
@@ -68,7 +67,9 @@ class Process:
 def start_of(pid: int) -> int | None:
     """When the process began, in clock ticks since boot (field 22 of /proc/PID/stat); None if not shown."""
     try:
-        return started_ticks(Path(f"/proc/{pid}"))
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        # The second field may hold anything, spaces and brackets too.
+        return int(text.rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
 

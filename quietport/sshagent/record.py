@@ -88,7 +88,7 @@ def parse_record(data: bytes, *, name: str) -> Record:
         exit_status=_integer(document, "exit_status", 0, 255) if _has(document, "exit_status") else None,
     )
     lifetime = (moment_of(record.expires_at) - moment_of(record.created_at)).total_seconds()
-    if abs(lifetime - ttl) > 1:
+    if abs(lifetime - ttl) > 0.01:
         raise InvalidError("its TTL and its times contradict each other")
     if record.ended != (record.exit_reason is not None):
         raise InvalidError("its status and its exit_reason contradict each other")

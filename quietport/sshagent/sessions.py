@@ -12,7 +12,6 @@ What nobody wrote down is told from what can be proved: another boot (host-reboo
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -335,4 +334,4 @@ def _is(name: str, parent: int, directory: int) -> bool:
 
 def new_id(moment: datetime) -> str:
     """A name that no other session has: the time of its start, and chance."""
-    return f"{moment:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    return f"{moment:%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"

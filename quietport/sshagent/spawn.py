@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
-from quietport.sshagent.process import no_core
+from quietport.sshagent.process import die_with_parent, no_core
 
 
 def environment(**more: str) -> dict[bytes, bytes]:
@@ -18,11 +18,21 @@ def environment(**more: str) -> dict[bytes, bytes]:
     return {b"PATH": path, b"LC_ALL": b"C", **{os.fsencode(k): os.fsencode(v) for k, v in more.items()}}
 
 
-def spawn(argv: Sequence[str], *, env: Mapping[bytes, bytes], directory: int, stdin: int, output: int) -> int:
+def spawn(
+    argv: Sequence[str],
+    *,
+    env: Mapping[bytes, bytes],
+    directory: int,
+    stdin: int,
+    output: int,
+    dies_with_us: bool = False,
+) -> int:
     """Start `argv` in a session of its own, in the directory that is open as `directory`; returns its PID.
 
-    `stdin` and `output` (of both kinds) are above 2. Exit code 127 when it cannot be executed.
+    `stdin` and `output` (of both kinds) are above 2. With `dies_with_us` it is killed when we end. Exit code
+    127 when it cannot be executed.
     """
+    parent = os.getpid()
     child = os.fork()
     if child:
         return child
@@ -35,6 +45,8 @@ def spawn(argv: Sequence[str], *, env: Mapping[bytes, bytes], directory: int, st
         close_above(2)
         default_signals()
         no_core()
+        if dies_with_us:
+            die_with_parent(parent, signal.SIGKILL)
         os.execve(argv[0], list(argv), env)  # noqa: S606 - no shell on purpose
     except BaseException as error:  # a child never returns into the code of its parent
         with suppress(OSError):

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import os
-import pwd
 import re
 import select
-import shutil
 import signal
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
-from quietport.errors import printable
 from quietport.sshagent import audit, sessions
 from quietport.sshagent import watch as watching
 from quietport.sshagent.job import (
-    NOT_FOUND,
-    CommandError,
     InterruptedStartError,
     Job,
     Original,
+    Witness,
     interrupted,
     read_patiently,
     start,
 )
 from quietport.sshagent.names import (
-    PROGRAM,
     SESSION_VARIABLE,
     AgentAccessError,
+    complain,
     duration,
     now,
     stamp,
@@ -40,6 +34,7 @@ from quietport.sshagent.process import Process, hide
 from quietport.sshagent.record import Record, agent_env
 from quietport.sshagent.root import Root, locked, open_private, open_root, staging
 from quietport.sshagent.spawn import environment, spawn, standard_descriptors
+from quietport.sshagent.wanted import CommandError, Tools, Wanted, find_tools
 from quietport.sshagent.watch import boottime
 
 # sizeof(sun_path) - 1, unix(7).
@@ -53,64 +48,6 @@ _KNOWN = re.compile(
     r"No host keys found for destination|unknown option|illegal option|agent refused operation|"
     r"Could not open a connection|communication with agent"
 )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What was asked for, checked. `known_hosts` counts only with `hosts`; the TTL is in seconds."""
-
-    ttl_s: int
-    hosts: tuple[str, ...]
-    known_hosts: Path
-    runtime_root: str | None
-    command: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Where the programs are that a session needs."""
-
-    ssh_agent: str
-    ssh_add: str
-    command: str
-
-
-def find_tools(command: Sequence[str]) -> Tools:
-    """Raises AgentAccessError when OpenSSH's programs are missing, CommandError for the command."""
-    found = {name: shutil.which(name) for name in ("ssh-agent", "ssh-add")}
-    for name, place in found.items():
-        if place is None:
-            raise AgentAccessError(f"{name} is not on PATH: install openssh-client.")
-    wanted = command[0] if command else shell()
-    path = shutil.which(wanted)
-    if path is None:
-        raise CommandError(f"{printable(wanted)} is not a command that can be found.", code=NOT_FOUND)
-    return Tools(
-        str(Path(str(found["ssh-agent"])).absolute()), str(Path(str(found["ssh-add"])).absolute()), path
-    )
-
-
-def shell() -> str:
-    """The user's shell, from the password database."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_shell or "/bin/sh"
-    except KeyError:
-        return "/bin/sh"
-
-
-def refuse_nesting() -> None:
-    """Raises AgentAccessError inside a session."""
-    inside = os.environ.get(SESSION_VARIABLE)
-    if inside:
-        raise AgentAccessError(
-            f"This is already inside the session {printable(inside)[:40]}: leave it before you start another."
-        )
-
-
-def complain(sentence: str) -> None:
-    """One line on standard error. Never raises: who listened may have gone."""
-    with suppress(OSError):
-        os.write(2, f"{PROGRAM}: {printable(sentence)}\n".encode(errors="replace"))
 
 
 def run(wanted: Wanted, key: int) -> int:
@@ -170,6 +107,7 @@ class _Run:
             interrupted()
             path = self.tools.command
             argv = self.wanted.command or (path,)
+            witness = Witness.start()
             command = start(path, argv, env=self._environment(), original=self.original)
         except BaseException as error:
             self.watch.stop()
@@ -177,7 +115,8 @@ class _Run:
                 self._discard(error)
             raise
         self.record = record
-        code = Job(command, self._child_ended).wait()
+        code = Job(command, witness, self._child_ended).wait()
+        witness.stop()
         status = code if code >= 0 else 128 - code
         self._finish("stopped", "command-ended" if code >= 0 else "command-killed", status)
         return status
@@ -221,7 +160,14 @@ class _Run:
         if self.wanted.hosts:
             argv += ["-H", os.fspath(self.wanted.known_hosts)]
         env = environment(SSH_AUTH_SOCK=self.id, SSH_ASKPASS_REQUIRE="never")
-        child = spawn([*argv, "-"], env=env, directory=self.sockets, stdin=self.key, output=writer)
+        child = spawn(
+            [*argv, "-"],
+            env=env,
+            directory=self.sockets,
+            stdin=self.key,
+            output=writer,
+            dies_with_us=True,
+        )
         os.close(writer)
         if self.key > 2:
             os.close(self.key)

@@ -139,10 +139,13 @@ def test_stop_ends_the_agent_and_not_the_command(world: World) -> None:
     assert world.run("--stop", "20200101T000000Z-00000000").returncode == 125
 
 
+TTLS = ("0", "-0", "-5", "-1m", "abc", "", "25h", "86401", "1e3", "\u0663")
+
+
 def test_usage_errors_are_one_sentence_and_touch_nothing(world: World) -> None:
     cases: list[list[str]] = [
-        *(["--ttl", ttl, "--", "true"] for ttl in ("0", "-5", "-1m", "abc", "", "25h", "86401", "1e3", "\u0663")),  # noqa: E501
-        ["--no-such"], ["word"], ["--"], ["--list", "--prune"], ["--list", "--ttl", "5"], ["--dry-run"],
+        *(["--ttl", ttl, "--", "true"] for ttl in TTLS),
+        ["--no-such"], ["word"], ["--list", "--prune"], ["--list", "--ttl", "5"], ["--dry-run"],
         ["--json"], ["--key-env", "A", "--key-fd", "0", "--", "true"], ["--key-fd", "999", "--", "true"],
         ["--key-fd", "x", "--", "true"], ["--key-env", "a=b", "--", "true"], ["--stop"],
         ["--allow-host", "-oProxyCommand=x", "--", "true"], ["--allow-host", "a b", "--", "true"],
@@ -154,7 +157,7 @@ def test_usage_errors_are_one_sentence_and_touch_nothing(world: World) -> None:
         # In this process: forty interpreters would take their time.
         with pytest.MonkeyPatch.context() as patch:
             said: list[str] = []
-            patch.setattr("quietport.sshagent.wrapper.complain", said.append)
+            patch.setattr("quietport.sshagent.cli.complain", said.append)
             code = cli.main(["--runtime-root", str(world.root), *words])
         assert (code, len(said)) == (2, 1), (words, said)
         assert said[0].endswith((".", "<file.")), said
