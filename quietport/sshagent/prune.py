@@ -14,6 +14,7 @@ No process is signalled, no mode is changed, no link is followed.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -39,6 +40,8 @@ from quietport.sshagent.root import (
 from quietport.sshagent.sessions import Session
 
 _ABANDONED_S = 60.0
+# What is said of names that somebody changes while we work.
+_SWAPPED = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ def _prune_one(root: Root, session: Session, place: int) -> str:
             sessions.clear(f"pruned-{name}", place, directory)
         _unlink_socket(root, name)
         return word
-    except OSError:
-        return "SKIP_UNKNOWN"
+    except OSError as error:
+        if error.errno in _SWAPPED:
+            return "SKIP_UNSAFE"
+        raise AgentAccessError(f"{shown} cannot be removed: {error.strerror}.") from error
     finally:
         os.close(directory)
 

@@ -40,7 +40,8 @@ from quietport.sshagent.watch import boottime
 # sizeof(sun_path) - 1, unix(7).
 MAX_SOCKET = 107
 LOAD_S = 60.0
-END_LOCK_S = 5.0
+# The agent ends with the lock held, but does not wait longer for it.
+END_LOCK_S = 2.0
 # What may be repeated of what ssh-add says: the rest could hold anything.
 _UNREADABLE = re.compile(r'Error loading key "[^"\n]*": |Enter passphrase')
 _KNOWN = re.compile(

@@ -1,0 +1,277 @@
+"""kill -9 at every step, provoked from outside: what is listed is true, what is over goes, no agent stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.sshagent_world import World, alive, make_key, script, wait_until
+
+CLOCK = os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture(scope="module", name="key")
+def _key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_key(tmp_path_factory.mktemp("key") / "k")
+
+
+@pytest.fixture(name="world")
+def _world(tmp_path: Path, key: Path) -> Iterator[World]:
+    world = World(tmp_path, key)
+    yield world
+    # Nothing that a test left may outlive it: agents, keepers and stalled programs name our directory.
+    for pid in processes_of(world):
+        os.kill(pid, signal.SIGKILL)
+
+
+def processes_of(world: World) -> list[int]:
+    """All processes whose working directory or arguments are in the directory of this test."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            where, words = str((place / "cwd").readlink()), (place / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(world.folder) in where or str(world.folder).encode() in words:
+            found.append(int(place.name))
+    return [pid for pid in found if pid != os.getpid() and alive(pid)]
+
+
+def agent_of(world: World) -> int:
+    (environment,) = (world.root / "sessions").glob("*/agent.env")
+    return int(environment.read_text().split("SSH_AGENT_PID=")[1])
+
+
+def there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_over(world: World, *, reason: str) -> None:
+    """One crashed session, told once, and gone after a prune."""
+    for _ in (1, 2):
+        session = world.only()
+        assert (session["status"], session["exit_reason"]) == ("crashed", reason)
+    # A zombie is there for kill(2), until whoever got the orphan waits for it.
+    agent = agent_of(world)
+    wait_until(lambda: agent == os.getpid() or not there(agent))
+    assert world.events().count("crashed") == 1
+    assert world.run("--prune").stdout == f"PRUNED {session['id']}\n"
+    assert world.listed() == []
+
+
+def test_wrapper_killed_while_ssh_agent_does_not_come(world: World) -> None:
+    mark = world.folder / "mark"
+    world.path.append(script(world.folder / "bin", "ssh-agent", f"echo $$ > {mark}; exec sleep 300").parent)
+    process = world.start("--", "true")
+    wait_until(lambda: mark.exists() and mark.read_text().endswith("\n"))
+    stalled = int(mark.read_text())
+    assert alive(stalled)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not alive(stalled))
+    wait_until(lambda: not processes_of(world))
+    assert world.listed() == []
+    assert world.events() == []
+
+
+def test_wrapper_killed_while_ssh_add_does_not_end(world: World) -> None:
+    mark = world.folder / "mark"
+    world.path.append(script(world.folder / "bin", "ssh-add", f"echo $$ > {mark}; exec sleep 300").parent)
+    process = world.start("--", "true")
+    wait_until(lambda: mark.exists() and mark.read_text().endswith("\n"))
+    assert world.only()["status"] == "active"
+    agent = agent_of(world)
+    assert alive(agent)
+    assert world.run("--prune").stdout == f"SKIP_ACTIVE {world.only()['id']}\n"
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not alive(agent))
+    wait_until(lambda: not processes_of(world))
+    is_over(world, reason="wrapper-died")
+    assert world.events() == ["created", "crashed", "pruned"]
+
+
+def test_an_interrupt_while_the_key_is_loaded_leaves_nothing(world: World) -> None:
+    mark = world.folder / "mark"
+    world.path.append(script(world.folder / "bin", "ssh-add", f"touch {mark}; exec sleep 300").parent)
+    process = world.start("--", "true")
+    wait_until(mark.exists)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not processes_of(world)
+    assert world.listed() == []
+    assert world.events() == ["created", "stopped"]
+
+
+def start_and_wait(world: World, *words: str, go: Path) -> subprocess.Popen[str]:
+    process = world.start(*words, "--", "sh", "-c", f"while ! test -e {go}; do sleep 0.1; done; ssh-add -l")
+    wait_until(lambda: "key_loaded" in world.events())
+    return process
+
+
+def test_wrapper_killed_while_the_command_runs(world: World) -> None:
+    go = world.folder / "go"
+    process = start_and_wait(world, go=go)
+    agent = agent_of(world)
+    process.kill()
+    process.wait()
+    wait_until(lambda: not alive(agent))
+    go.touch()
+    out, _ = process.communicate(timeout=20)  # the command's: it went on, without a key
+    assert out == ""
+    is_over(world, reason="wrapper-died")
+    assert not list((world.root / "sockets").iterdir())
+
+
+def test_the_watch_killed_while_the_command_runs(world: World) -> None:
+    go = world.folder / "go"
+    process = start_and_wait(world, go=go)
+    agent = agent_of(world)
+    (watch,) = [pid for pid in children_of(process.pid) if os.getsid(pid) == pid]
+    os.kill(watch, signal.SIGKILL)
+    wait_until(lambda: "crashed" in world.events())
+    assert not alive(agent)
+    go.touch()
+    _, err = process.communicate(timeout=20)
+    assert "lost the process that watches its agent: its keys and its agent are gone" in err
+    is_over(world, reason="watch-died")
+
+
+def test_wrapper_and_watch_killed_the_agent_ends_by_itself(world: World) -> None:
+    go = world.folder / "go"
+    process = start_and_wait(world, go=go)
+    agent = agent_of(world)
+    (watch,) = [pid for pid in children_of(process.pid) if os.getsid(pid) == pid]
+    for pid in (process.pid, watch):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (process.pid, watch):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    session = world.only()
+    assert session["status"] == "crashed"
+    # ssh-agent looks for its parent every 10 seconds; until then a prune keeps its hands off.
+    if alive(agent):
+        assert world.run("--prune").stdout == f"SKIP_AGENT_ALIVE {session['id']}\n"
+        assert alive(agent)
+    wait_until(lambda: not alive(agent), seconds=25)
+    go.touch()
+    process.communicate(timeout=20)
+    is_over(world, reason="wrapper-died")
+    assert not list((world.root / "sockets").iterdir())
+
+
+def test_a_stopped_wrapper_does_not_keep_its_agent_over_the_ttl(world: World) -> None:
+    go = world.folder / "go"
+    process = start_and_wait(world, "--ttl", "3", go=go)
+    agent = agent_of(world)
+    process.send_signal(signal.SIGSTOP)
+    assert alive(agent)
+    wait_until(lambda: not alive(agent))
+    time.sleep(0.1)
+    session = world.only()
+    assert (session["status"], session["exit_reason"]) == ("expired", "ttl")
+    process.send_signal(signal.SIGCONT)
+    go.touch()
+    _, err = process.communicate(timeout=20)
+    assert "has reached its TTL" in err
+    assert world.events().count("expired") == 1
+    assert world.only()["exit_status"] == process.returncode == 2
+
+
+def test_another_boot_is_a_crash_with_that_reason(world: World) -> None:
+    record = world.fabricate()
+    place = world.directory(record) / "session.json"
+    document = json.loads(place.read_text())
+    for who in ("wrapper", "keeper", "agent"):
+        # PID 1 is there: it is not believed, because the boot is another.
+        document[who] = {"pid": os.getpid(), "start": None, "boot": "00000000-0000-0000-0000-000000000000"}
+    place.write_text(json.dumps(document))
+    environment = world.directory(record) / "agent.env"
+    environment.write_text(environment.read_text().split("PID=")[0] + f"PID={os.getpid()}\n")
+    is_over(world, reason="host-rebooted")
+
+
+def test_killed_at_any_moment(world: World) -> None:
+    chance = random.Random(6)  # noqa: S311 - moments, no secrets
+    # The second interpreter, which makes the session, begins somewhere in the first tenth of a second.
+    running = []
+    for _ in range(12):
+        process = world.start("--", "sleep", "20", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.05, 0.35))
+        process.kill()
+        running.append(process)
+    for process in running:
+        process.wait()
+    wait_until(lambda: not [p for p in processes_of(world) if b"ssh-agent" in cmdline(p)])
+    found = world.listed()
+    assert {session["status"] for session in found} <= {"crashed"}
+    lines = world.run("--prune").stdout.splitlines()
+    assert sorted(lines) == sorted(f"PRUNED {session['id']}" for session in found)
+    assert world.listed() == []
+    assert not list((world.root / "staging").glob("*"))
+    events = [(one.event, one.id) for one in world.trail().events]
+    assert len(events) == len(set(events))
+    begun = {name for event, name in events if event == "created"}
+    assert begun == {name for event, name in events if event == "crashed"}
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_sixty_four_starts_at_once(world: World) -> None:
+    count = 64
+    gate = world.folder / "gate"
+    # The interpreter alone: what a start takes is not what this is about.
+    base = getattr(sys, "_base_executable", sys.executable)
+    argv = [base, "-S", "-m", "quietport", "ssh-agent", "--runtime-root", str(world.root)]
+    code = f"ssh-add -l; while ! test -e {gate}; do sleep 1; done"
+    running = [
+        subprocess.Popen(
+            [*argv, "--", "sh", "-c", code], env=world.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, preexec_fn=lambda: os.nice(0) and None,
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+    wait_until(lambda: world.events().count("key_loaded") == count, seconds=120)
+    sessions = world.listed()
+    assert [session["status"] for session in sessions] == ["active"] * count
+    agents = {int(p.read_text().split("PID=")[1]) for p in (world.root / "sessions").glob("*/agent.env")}
+    assert len(agents) == count
+    gate.touch()
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, "")
+        assert "canary" in out
+    for place in (world.root / "sessions").iterdir():
+        assert place.stat().st_mode & 0o7777 == 0o700
+        assert {file.stat().st_mode & 0o7777 for file in place.iterdir()} == {0o600}
+    assert [session["status"] for session in world.listed()] == ["stopped"] * count
+    assert not any(alive(agent) for agent in agents)
+    assert not list((world.root / "sockets").iterdir())
+    trail = world.trail()
+    assert trail.damaged == 0
+    for event in ("created", "key_loaded", "stopped"):
+        assert len({one.id for one in trail.events if one.event == event}) == count
+    assert world.run("--prune").stdout.count("PRUNED ") == count
