@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import cast
 
@@ -62,6 +61,8 @@ def _run(name: str, argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNKNOWN
     except Exception:  # a crash means that nothing was found out, never that something was found
+        import traceback  # every program would pay for it
+
         traceback.print_exc()
         return UNKNOWN
     return code

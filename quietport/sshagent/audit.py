@@ -18,6 +18,7 @@ import syslog
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from quietport.errors import printable
@@ -62,7 +63,11 @@ class Trail:
 
     def has(self, event: str, session: str) -> bool:
         """Whether the event of a session is in it."""
-        return any(one.event == event and one.id == session for one in self.events)
+        return (event, session) in self._known
+
+    @cached_property
+    def _known(self) -> set[tuple[str, str]]:
+        return {(one.event, one.id) for one in self.events}
 
 
 def append(root: Root, event: str, session: str, **more: Any) -> None:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
     except AgentAccessError as error:
         complain(str(error))
         return error.code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         raise
     except OSError as error:

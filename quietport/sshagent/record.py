@@ -1,8 +1,9 @@
 """session.json and agent.env: what they hold, and what is believed of them.
 
-session.json (schema 1): id; created_at and expires_at (UTC); ttl_s; hosts (destinations the key is bound to,
-[] for any); wrapper, keeper, agent: {pid, start, boot}; status active, stopped, expired or crashed; and, once
-the session has ended, ended_at (null when nobody saw it), duration_s, exit_reason, exit_status (of the
+session.json (schema 1): id; created_at and expires_at (UTC, for people); ttl_s; deadline_s (the end of the
+TTL in seconds since boot, which setting the clock does not change); hosts (destinations that the key is bound
+to, [] for any); wrapper, keeper, agent: {pid, start, boot}; status active, stopped, expired or crashed; and,
+once the session has ended, ended_at (null when nobody saw it), duration_s, exit_reason, exit_status (of the
 command, 128+N for a signal). More keys are left alone: a later version may write them.
 
 agent.env: the lines SSH_AUTH_SOCK=PATH and SSH_AGENT_PID=PID, nothing else.
@@ -38,12 +39,13 @@ class InvalidError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One session. Times are text as names.stamp writes it; `duration_s` is in seconds."""
+    """One session. Times are text as names.stamp writes it, or seconds; `deadline_s` is since boot."""
 
     id: str
     created_at: str
     expires_at: str
     ttl_s: int
+    deadline_s: float
     hosts: tuple[str, ...]
     wrapper: Process
     keeper: Process
@@ -77,13 +79,14 @@ def parse_record(data: bytes, *, name: str) -> Record:
         created_at=_moment(document, "created_at"),
         expires_at=_moment(document, "expires_at"),
         ttl_s=ttl,
+        deadline_s=_seconds(document.get("deadline_s"), "deadline_s"),
         hosts=_hosts(document.get("hosts")),
         wrapper=_process(document, "wrapper"),
         keeper=_process(document, "keeper"),
         agent=_process(document, "agent"),
         status=_one_of(document, "status", ("active", *ENDED)),
         ended_at=_moment(document, "ended_at") if document.get("ended_at") is not None else None,
-        duration_s=_seconds(document.get("duration_s")),
+        duration_s=_seconds(document["duration_s"], "duration_s") if _has(document, "duration_s") else None,
         exit_reason=_reason(document.get("exit_reason")),
         exit_status=_integer(document, "exit_status", 0, 255) if _has(document, "exit_status") else None,
     )
@@ -160,11 +163,9 @@ def _moment(document: Mapping[str, Any], key: str) -> str:
     return str(value)
 
 
-def _seconds(value: object) -> float | None:
-    if value is None:
-        return None
+def _seconds(value: object, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise InvalidError("duration_s is not a number of seconds")
+        raise InvalidError(f"{key} is not a number of seconds")
     return float(value)
 
 

@@ -102,7 +102,8 @@ def root_path(chosen: str | None) -> Path:
             home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
             return home.resolve(strict=True) / ".local" / "state" / PROGRAM
         given = Path(chosen)
-        if not chosen or given.name in ("", "..") or ".." in given.parts or "\0" in chosen:
+        # A line feed would break agent.env.
+        if not chosen.isprintable() or given.name in ("", "..") or ".." in given.parts:
             raise AgentAccessError(f"--runtime-root {chosen!r} is not the path of a directory.")
         given = Path.cwd() / given
         return given.parent.resolve(strict=True) / given.name

@@ -21,7 +21,7 @@ from typing import Any
 
 from quietport.sshagent import audit
 from quietport.sshagent.names import ID, AgentAccessError, moment_of, now, stamp
-from quietport.sshagent.process import boot_id
+from quietport.sshagent.process import boot_id, boottime
 from quietport.sshagent.record import (
     AGENT_ENV,
     FILES,
@@ -194,10 +194,19 @@ def end(root: Root, record: Record) -> Record:
     if written is None or session.unwritten or not written.ended:
         _write_end(root, record)
         return record
-    if written.exit_status is None and record.exit_status is not None:
-        written = replace(written, exit_status=record.exit_status)
-        _write_record(root, written)
+    if record.exit_status is not None:
+        exited(root, record.id, record.exit_status)
     return written
+
+
+def exited(root: Root, name: str, exit_status: int) -> None:
+    """Note the exit status of the command of a session that ended before it did. The lock must be held.
+
+    A session that was pruned meanwhile stays away. Raises AgentAccessError.
+    """
+    record = look(root, name).record
+    if record is not None and record.ended and record.exit_status is None:
+        _write_record(root, replace(record, exit_status=exit_status))
 
 
 def remove(root: Root, name: str, directory: int, place: int) -> bool:
@@ -270,8 +279,8 @@ def _proved_end(record: Record) -> Record | None:
         return replace(record, status="crashed", exit_reason="host-rebooted")
     if record.wrapper.gone():
         return replace(record, status="crashed", exit_reason="wrapper-died")
-    if moment_of(record.expires_at) <= now():
-        # The wrapper is there and did not write it: it is stopped, or about to.
+    if record.deadline_s <= boottime():
+        # The watch, which goes by this clock, ended the agent; the wrapper is stopped, or about to say so.
         return replace(
             record,
             status="expired",

@@ -50,6 +50,10 @@ def stop(root: Root, name: str) -> str:
             _end(agent, record)
         finally:
             os.close(agent)
+    # It is gone for kill(2) only when its parent's parent has waited for it.
+    deadline = time.monotonic() + GRACE_S
+    while not record.agent.gone() and time.monotonic() < deadline:
+        time.sleep(0.005)
     return "STOPPED"
 
 
@@ -76,10 +80,5 @@ def _end(agent: int, record: Record) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(agent, number)
         if poll.poll(GRACE_S * 1000):
-            break
-    else:
-        raise AgentAccessError(f"The agent with PID {record.agent.pid} cannot be ended.")
-    # It is gone for kill(2) only when its parent's parent has waited for it.
-    deadline = time.monotonic() + GRACE_S
-    while not record.agent.gone() and time.monotonic() < deadline:
-        time.sleep(0.005)
+            return
+    raise AgentAccessError(f"The agent with PID {record.agent.pid} cannot be ended.")

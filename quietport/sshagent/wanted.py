@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def which(name: str) -> str | None:
     folders = [""] if "/" in name else os.environ.get("PATH", os.defpath).split(os.pathsep)
     for folder in folders:
         place = Path(folder, name)
-        if place.is_file() and os.access(place, os.X_OK):
-            return os.fspath(place)
+        with suppress(OSError):  # a folder that is not ours to look into
+            if place.is_file() and os.access(place, os.X_OK):
+                return os.fspath(place)
     return None

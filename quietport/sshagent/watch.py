@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quietport.sshagent.names import AgentAccessError
-from quietport.sshagent.process import Process, adopt_orphans
+from quietport.sshagent.process import Process, adopt_orphans, boottime
 from quietport.sshagent.spawn import close_above, environment, spawn
 
 START_S = 60.0
@@ -34,11 +34,6 @@ GRACE_S = 2.0
 ASKED, TTL_OVER, AGENT_DIED, NO_AGENT = 0, 10, 11, 12
 _SCRIPT = 'echo "$SSH_AGENT_PID"; exec cat >/dev/null 2>&1'
 _LONGEST_WAIT_S = 60.0
-
-
-def boottime() -> float:
-    """Seconds since boot, also those of a suspended machine."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass

@@ -7,7 +7,8 @@ import re
 import select
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -30,18 +31,18 @@ from quietport.sshagent.names import (
     now,
     stamp,
 )
-from quietport.sshagent.process import Process, hide
+from quietport.sshagent.process import Process, boottime, hide
 from quietport.sshagent.record import Record, agent_env
 from quietport.sshagent.root import Root, locked, open_private, open_root, staging
 from quietport.sshagent.spawn import environment, spawn, standard_descriptors
 from quietport.sshagent.wanted import CommandError, Tools, Wanted, find_tools
-from quietport.sshagent.watch import boottime
 
 # sizeof(sun_path) - 1, unix(7).
 MAX_SOCKET = 107
 LOAD_S = 60.0
-# The agent ends with the lock held, but does not wait longer for it.
-END_LOCK_S = 2.0
+# How long an agent lives on for the sake of the lock, and the wrapper to write its end down.
+AGENT_LOCK_S = 1.0
+END_LOCK_S = 5.0
 # What may be repeated of what ssh-add says: the rest could hold anything.
 _UNREADABLE = re.compile(r'Error loading key "[^"\n]*": |Enter passphrase')
 _KNOWN = re.compile(
@@ -119,7 +120,10 @@ class _Run:
         code = Job(command, witness, self._child_ended).wait()
         witness.stop()
         status = code if code >= 0 else 128 - code
-        self._finish("stopped", "command-ended" if code >= 0 else "command-killed", status)
+        if self.record.ended:
+            self._exited(status)
+        else:
+            self._finish("stopped", "command-ended" if code >= 0 else "command-killed", status)
         return status
 
     def _report(self) -> bytes:
@@ -139,6 +143,7 @@ class _Run:
             created_at=created_at,
             expires_at=expires_at,
             ttl_s=self.wanted.ttl_s,
+            deadline_s=self.began + self.wanted.ttl_s,
             hosts=self.wanted.hosts,
             wrapper=Process.of(os.getpid()),
             keeper=keeper,
@@ -198,14 +203,16 @@ class _Run:
                 shown = self.root.path / "sessions" / self.id
                 directory = open_private(self.id, self.root.sessions, shown)
                 try:
-                    audit.append(
-                        self.root,
-                        "stopped",
-                        self.id,
-                        reason=reason,
-                        duration_s=self._lasted(),
-                        exit_status=None,
-                    )
+                    # On a full disk the session goes all the same.
+                    with suppress(AgentAccessError):
+                        audit.append(
+                            self.root,
+                            "stopped",
+                            self.id,
+                            reason=reason,
+                            duration_s=self._lasted(),
+                            exit_status=None,
+                        )
                     if sessions.remove(self.root, self.id, directory, place):
                         sessions.clear(f"pruned-{self.id}", place, directory)
                 finally:
@@ -241,16 +248,30 @@ class _Run:
         )
         try:
             # The agent ends with the lock held: nobody shall see it gone and its end not written down.
-            with locked(self.root, timeout=END_LOCK_S):
+            with self._locked_soon():
                 self.watch.stop()
                 self.record = sessions.end(self.root, end)
-                return self.record
-        except AgentAccessError as error:
+        except (AgentAccessError, OSError) as error:
+            self.record = end
+            complain(f"The agent is gone, but the end of {self.id} cannot be written down: {error}")
+        finally:
             self.watch.stop()
-            complain(
-                f"The agent is gone, but the end of the session {self.id} cannot be written down: {error}"
-            )
-            return end
+        return self.record
+
+    @contextmanager
+    def _locked_soon(self) -> Iterator[None]:
+        """The lock of the root; the agent ends without it when it cannot be had in a moment."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.root, timeout=AGENT_LOCK_S))
+            except AgentAccessError:
+                self.watch.stop()
+                stack.enter_context(locked(self.root, timeout=END_LOCK_S))
+            yield
+
+    def _exited(self, status: int) -> None:
+        with suppress(AgentAccessError, OSError), locked(self.root, timeout=END_LOCK_S):
+            sessions.exited(self.root, self.id, status)
 
 
 def read_line(descriptor: int, *, seconds: float) -> bytes:

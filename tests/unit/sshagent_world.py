@@ -15,7 +15,7 @@ from typing import Any
 
 from quietport.sshagent import audit, sessions
 from quietport.sshagent.names import now, stamp
-from quietport.sshagent.process import Process, boot_id
+from quietport.sshagent.process import Process, boot_id, boottime
 from quietport.sshagent.record import Record, agent_env
 from quietport.sshagent.root import Root, open_root
 
@@ -114,6 +114,7 @@ class World:
                 created_at=stamp(moment),
                 expires_at=stamp(moment + timedelta(seconds=ttl)),
                 ttl_s=ttl,
+                deadline_s=boottime() + (moment - now()).total_seconds() + ttl,
                 hosts=(),
                 wrapper=nobody,
                 keeper=nobody,

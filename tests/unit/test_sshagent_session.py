@@ -385,6 +385,71 @@ def test_an_upgrade_does_not_disturb_a_session_that_runs(world: World) -> None:
     assert (session["status"], session["exit_status"]) == ("expired", 4)
 
 
+def test_a_session_that_was_pruned_while_its_command_goes_on(world: World) -> None:
+    process = world.start("--ttl", "2", "--", "sh", "-c", "read go; exit 7", stdin=subprocess.PIPE)
+    wait_until(lambda: "expired" in world.events())
+    wait_until(lambda: world.run("--prune").stdout.startswith("PRUNED "))
+    _, err = process.communicate("go\n", timeout=20)
+    assert (process.returncode, err.count("\n")) == (7, 1)
+    assert world.listed() == []
+    assert world.events() == ["created", "key_loaded", "expired", "pruned"]
+
+
+def test_an_interrupt_while_the_key_is_awaited(world: World) -> None:
+    process = world.start("--key-fd", "0", "--", "true", stdin=subprocess.PIPE)
+    wait_until(lambda: "S (sleeping)" in Path(f"/proc/{process.pid}/status").read_text())
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert not world.root.exists()
+
+
+DEFAULT = """
+import os, pwd, subprocess, sys
+program, key = sys.argv[1:3]
+home = pwd.getpwuid(os.getuid()).pw_dir
+for place in ("/run/user", home):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", place], check=True)
+env = {**os.environ, "HOME": "/nowhere", "XDG_RUNTIME_DIR": "/nowhere", "OPENCLAW_SSH_PRIVATE_KEY": key}
+argv = [sys.executable, "-I", program, "ssh-agent"]
+print(subprocess.run([*argv, "--", "true"], env=env, capture_output=True, text=True).stderr, end="")
+os.mkdir(f"/run/user/{os.getuid()}", 0o700)
+done = subprocess.run([*argv, "--", "sh", "-c", "echo $SSH_AUTH_SOCK; ssh-add -l"], env=env, capture_output=True, text=True)
+print(done.stdout + done.stderr, end="")
+os.rmdir(f"/run/user/{os.getuid()}/codex-openclaw-ssh-agent")
+os.rmdir(f"/run/user/{os.getuid()}")
+print(subprocess.run([*argv, "--prune"], capture_output=True, text=True).stdout, end="")
+for folder, _, names in os.walk(home + "/.local"):
+    print(oct(os.stat(folder).st_mode & 0o7777)[2:], folder[len(home):], *names)
+"""  # noqa: E501
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_the_state_directory_and_the_runtime_directory(world: World) -> None:
+    """Where things are without --runtime-root, in mounts of our own."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode != 0:
+        pytest.skip("no mount namespace can be made here")
+    python = "/usr/bin/python3"
+    if not Path(python).exists():
+        pytest.skip("the Python of the distribution is not installed")
+    program = world.folder / "quietport.pyz"
+    program.write_bytes(build())
+    argv = ["unshare", "--mount", "--propagation", "private", python, "-c", DEFAULT, str(program)]
+    done = subprocess.run([*argv, world.key.read_text()], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert f"/run/user/{os.getuid()} does not exist" in lines[0]
+    assert "enable-linger" in lines[0]
+    socket = lines[1].rsplit("/", 1)
+    assert socket[0] == f"/run/user/{os.getuid()}/codex-openclaw-ssh-agent"
+    assert "canary" in lines[2]
+    # The sockets are gone, as after the last logout; what else there is can be pruned.
+    assert lines[3] == f"PRUNED {socket[1]}"
+    assert "700 /.local/state/codex-openclaw-ssh-agent audit.jsonl" in lines
+    assert "700 /.local/state/codex-openclaw-ssh-agent/sessions" in lines
+
+
 def test_versions_are_told_apart(world: World) -> None:
     program = world.folder / "quietport.pyz"
     program.write_bytes(build())

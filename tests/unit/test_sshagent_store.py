@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from quietport.sshagent.process import Process, boot_id, start_of
 from quietport.sshagent.prune import prune
 from quietport.sshagent.record import InvalidError, Record, parse_agent_env, parse_record
 from quietport.sshagent.root import MissingError, Root, UnsafeError, locked, open_root, root_path
+from quietport.sshagent.stop import stop
 from tests.unit.sshagent_world import World, gone_pid
 
 HERE = Process.of(os.getpid())
@@ -317,7 +321,7 @@ def valid(name: str) -> bytes:
     moment = now()
     record = Record(
         id=name, created_at=stamp(moment), expires_at=stamp(moment + timedelta(seconds=60)), ttl_s=60,
-        hosts=(), wrapper=HERE, keeper=HERE, agent=HERE,
+        deadline_s=1.5, hosts=(), wrapper=HERE, keeper=HERE, agent=HERE,
     )  # fmt: skip
     return record.to_bytes()
 
@@ -357,7 +361,8 @@ def test_records_that_contradict_themselves() -> None:
         {"id": "x"}, {"schema": 2}, {"ttl_s": 0}, {"ttl_s": 61}, {"ttl_s": True}, {"ttl_s": 60.0},
         {"status": "stopped"}, {"exit_reason": "ttl"}, {"created_at": "2026-13-01T00:00:00.000Z"},
         {"agent": {"pid": 1, "start": 1, "boot": "0"}}, {"agent": {"pid": 1 << 30, "start": 1, "boot": "0"}},
-        {"agent": {"pid": -1, "start": 1, "boot": "0"}}, {"duration_s": -1}, {"exit_status": 256},
+        {"agent": {"pid": -1, "start": 1, "boot": "0"}}, {"duration_s": -1},
+        {"deadline_s": None}, {"deadline_s": "1"}, {"exit_status": 256},
     ):  # fmt: skip
         with pytest.raises(InvalidError):
             parse_record(json.dumps({**fine, **changes}).encode(), name=NAME)
@@ -495,6 +500,78 @@ def test_every_event_goes_to_the_journal_too(world: World, monkeypatch: pytest.M
     words(world)
     assert said == (world.root / "audit.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in said] == ["created", "crashed", "pruned"]
+
+
+def asleep() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(name="sleeper")
+def _sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    yield from asleep()
+
+
+@pytest.fixture(name="keeper")
+def _keeper() -> Iterator[subprocess.Popen[bytes]]:
+    yield from asleep()
+
+
+def asked_to_stop(world: World, record: Record) -> str:
+    with opened(world) as root:
+        return stop(root, record.id)
+
+
+def test_stop_signals_only_what_is_certainly_the_agent(
+    world: World, sleeper: subprocess.Popen[bytes], keeper: subprocess.Popen[bytes]
+) -> None:
+    there, parent = Process.of(sleeper.pid), Process.of(keeper.pid)
+    reused = world.fabricate(agent=replace(there, start=1), wrapper=HERE)
+    assert asked_to_stop(world, reused) == "ALREADY_ENDED"
+    another_boot = world.fabricate(agent=replace(there, boot="0"), wrapper=replace(HERE, boot="0"))
+    assert asked_to_stop(world, another_boot) == "ALREADY_ENDED"
+    # As with hidepid, where ssh-agent is not shown.
+    hidden = replace(there, start=None)
+    for other in (replace(parent, start=1), replace(parent, start=None), Process(gone_pid(), 1, boot_id())):
+        with pytest.raises(AgentAccessError, match="cannot be proved"):
+            asked_to_stop(world, world.fabricate(agent=hidden, keeper=other, wrapper=HERE))
+    assert sleeper.poll() is None
+    # A reaper, as the watch is one for the agent.
+    reaper = threading.Thread(target=sleeper.wait)
+    reaper.start()
+    running = world.fabricate(agent=hidden, keeper=parent, wrapper=HERE)
+    assert asked_to_stop(world, running) == "STOPPED"
+    reaper.join()
+    assert (sleeper.returncode, keeper.poll()) == (-signal.SIGTERM, None)
+    assert world.trail().has("stopped", running.id)
+
+
+def test_stop_ends_the_agent_of_a_session_that_crashed(
+    world: World, sleeper: subprocess.Popen[bytes]
+) -> None:
+    record = world.fabricate(agent=Process.of(sleeper.pid))
+    assert words(world) == {record.id: "SKIP_AGENT_ALIVE"}
+    reaper = threading.Thread(target=sleeper.wait)
+    reaper.start()
+    assert asked_to_stop(world, record) == "STOPPED"
+    reaper.join()
+    assert world.events() == ["created", "crashed"]
+    assert words(world) == {record.id: "PRUNED"}
+
+
+def test_stop_of_what_is_no_session(world: World) -> None:
+    record = world.fabricate()
+    (world.directory(record) / "session.json").write_text("{")
+    with pytest.raises(AgentAccessError, match="is invalid"):
+        asked_to_stop(world, record)
+    with opened(world) as root:
+        for name in ("", "..", "x", f"{record.id}/"):
+            with pytest.raises(AgentAccessError, match="not the id"):
+                stop(root, name)
 
 
 def test_staged_leftovers_of_a_killed_process_go(world: World) -> None:
