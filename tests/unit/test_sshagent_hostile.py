@@ -118,7 +118,7 @@ def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> No
     lure.mkdir(mode=0o700)
     shutil.copytree(victim, lure / template.id)
     before = picture(victim), picture(lure)
-    seconds = 4.0
+    seconds = 2.5
     argv = [sys.executable, "-c", SWAPPER, str(world.root), str(victim), str(lure), str(seconds)]
     swapper = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     assert swapper.stdout is not None

@@ -213,7 +213,7 @@ def test_killed_at_any_moment(world: World) -> None:
     chance = random.Random(6)  # noqa: S311 - moments, no secrets
     # The second interpreter, which makes the session, begins somewhere in the first tenth of a second.
     running = []
-    for _ in range(12):
+    for _ in range(9):
         process = world.start("--", "sleep", "20", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.05, 0.35))
         process.kill()

@@ -327,7 +327,7 @@ def valid(name: str) -> bytes:
 
 
 NAME = "20260102T030405Z-0123abcd"
-ANY = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -385,7 +385,7 @@ def test_any_bytes_in_agent_env(data: bytes) -> None:
     assert f"SSH_AGENT_PID={pid}\n".encode() in data
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(document=st.binary(max_size=60) | st.just(None), environment=st.binary(max_size=60) | st.just(None))
 def test_no_bytes_in_a_session_make_prune_delete_it(
     tmp_path_factory: pytest.TempPathFactory, document: bytes | None, environment: bytes | None
@@ -408,7 +408,7 @@ def test_no_bytes_in_a_session_make_prune_delete_it(
     assert status(world, record.id) in sessions.STATUSES
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_any_bytes_in_the_audit(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     world = World(tmp_path_factory.mktemp("w"), Path("/none"))
