@@ -92,11 +92,6 @@ def hide() -> None:
     (fs/coredump.c takes 1 for "no dump"). The hard limit stays, for the command to have its own again.
     """
     keep_secret()
-    no_core()
-
-
-def no_core() -> None:
-    """No core dump, also of what is executed next."""
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (1 if hard != 0 else 0, hard))
 

@@ -1,4 +1,4 @@
-"""Programs of OpenSSH as children: no terminal, three descriptors, no core dump, signals as at login."""
+"""Programs of OpenSSH as children: no terminal, three descriptors, signals as at login."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
-from quietport.sshagent.process import die_with_parent, no_core
+from quietport.sshagent.process import die_with_parent
 
 
 def environment(**more: str) -> dict[bytes, bytes]:
@@ -44,7 +44,6 @@ def spawn(
         os.dup2(output, 2)
         close_above(2)
         default_signals()
-        no_core()
         if dies_with_us:
             die_with_parent(parent, signal.SIGKILL)
         os.execve(argv[0], list(argv), env)  # noqa: S606 - no shell on purpose

@@ -99,8 +99,13 @@ def test_the_key_may_come_on_a_descriptor_and_under_another_name(world: World) -
     assert (done.returncode, "canary" in done.stdout) == (0, True)
     # A shell takes the last line feed away, a web form puts carriage returns in.
     text = world.key.read_text().strip().replace("\n", "\r\n")
-    done = world.run("--key-env", "OTHER", "--", "ssh-add", "-l", env={**bare, "OTHER": text})
+    both = {**world.env(), "OTHER": text}
+    done = world.run(
+        "--key-env", "OTHER", "--", "sh", "-c", "ssh-add -l; env; cat /proc/$PPID/environ", env=both
+    )
     assert (done.returncode, "canary" in done.stdout) == (0, True)
+    assert "OTHER=" not in done.stdout
+    assert VARIABLE not in done.stdout
 
 
 def test_the_ttl_ends_the_agent_and_not_the_command(world: World) -> None:
@@ -245,9 +250,13 @@ def test_a_signal_reaches_the_command_once_however_it_was_sent(world: World) -> 
     os.killpg(process.pid, signal.SIGINT)
     os.kill(int(pid), signal.SIGQUIT)
     os.kill(process.pid, signal.SIGHUP)
-    time.sleep(0.5)
+    for _ in range(8):  # one that came twice at once would be one
+        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGWINCH)
+    time.sleep(0.3)
     go.touch()
-    assert process.stdout.read().split() == ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1"]
+    expected = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", *["SIGWINCH"] * 8]
+    assert process.stdout.read().split() == expected
     assert process.wait(20) == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -436,6 +437,23 @@ def test_a_torn_line_costs_only_itself(world: World) -> None:
             trail = audit.read(root)
         assert [one.event for one in trail.events] == ["created", "pruned"]
         assert trail.damaged == 1
+
+
+def test_a_line_that_does_not_fit_is_taken_back(world: World) -> None:
+    record = world.fabricate()
+    place = world.root / "audit.jsonl"
+    before = place.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(world) as root, locked(root):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+        try:
+            with pytest.raises(AgentAccessError, match=r"audit\.jsonl cannot be written"):
+                audit.append(root, "pruned", record.id)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert place.read_bytes() == before
+        audit.append(root, "pruned", record.id)
+    assert world.events() == ["created", "pruned"]
 
 
 @pytest.mark.parametrize("kind", ["mode", "link", "fifo", "second-name", "directory"])
