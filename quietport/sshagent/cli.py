@@ -178,8 +178,13 @@ def _with_root(arguments: Arguments, mode: str) -> int:
         if mode == "--prune":
             from quietport.sshagent.prune import prune
 
-            for verdict in prune(root, dry="--dry-run" in arguments.flags):
-                print(f"{verdict.word} {printable(verdict.id)}")
+            lines: list[str] = []
+            try:
+                for verdict in prune(root, dry="--dry-run" in arguments.flags):
+                    lines.append(f"{verdict.word} {printable(verdict.id)}")
+            finally:
+                # Not while the lock is held: whoever reads this may be slow.
+                print("".join(f"{line}\n" for line in lines), end="")
             return FINE
         from quietport.sshagent.stop import stop
 

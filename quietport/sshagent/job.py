@@ -46,7 +46,7 @@ class InterruptedStartError(Exception):
 class Original:
     """What the command gets back of what the wrapper changed for itself."""
 
-    mask: set[signal.Signals]
+    mask: frozenset[int]
     umask: int
     core: tuple[int, int]
     child: bool
@@ -54,7 +54,7 @@ class Original:
     @classmethod
     def take(cls) -> Original:
         """Block all signals and make new files private, from here to the end of the wrapper."""
-        mask = {signal.Signals(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, OURS)}
+        mask = frozenset(int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, OURS))
         ignored = signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
         # With SIGCHLD ignored nobody learns how a child ended (waitpid(2)).
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -20,7 +20,8 @@ from quietport.sshagent.names import KEY_VARIABLE, AgentAccessError
 # The buffer of a pipe is smaller for users that have very many (pipe(7)); RSA with 4096 bits takes 3.4 kB.
 MAX_KEY = 16 << 10
 _BLOCK = re.compile(
-    rb"\s*-----BEGIN ((?:[A-Z0-9]+ )*)PRIVATE KEY-----\n(.+?)\n-----END \1PRIVATE KEY-----\s*", re.DOTALL
+    rb"\s*-----BEGIN ((?:[A-Z0-9]+ )*)PRIVATE KEY-----\n((?:(?!-----).)+)\n-----END \1PRIVATE KEY-----\s*",
+    re.DOTALL,
 )
 _MAGIC = b"openssh-key-v1\0"
 

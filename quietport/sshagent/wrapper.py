@@ -40,6 +40,7 @@ from quietport.sshagent.wanted import CommandError, Tools, Wanted, find_tools
 # sizeof(sun_path) - 1, unix(7).
 MAX_SOCKET = 107
 LOAD_S = 60.0
+MAX_SAID = 1 << 16
 # How long an agent lives on for the sake of the lock, and the wrapper to write its end down.
 AGENT_LOCK_S = 1.0
 END_LOCK_S = 5.0
@@ -178,16 +179,17 @@ class _Run:
         if self.key > 2:
             os.close(self.key)
         try:
-            said = read_patiently(reader, seconds=LOAD_S, most=1 << 16)
-            code = _exit_code(child)
+            try:
+                said = read_patiently(reader, seconds=LOAD_S, most=MAX_SAID)
+            finally:
+                os.close(reader)
+            code = _exit_code(child, seconds=LOAD_S)
         except TimeoutError:
             _kill(child)
             raise AgentAccessError(f"ssh-add took longer than {LOAD_S:g} s to load the key.") from None
         except BaseException:
             _kill(child)
             raise
-        finally:
-            os.close(reader)
         if code != 0:
             raise AgentAccessError(_load_failure(code, said.decode(errors="replace")))
 
@@ -303,8 +305,17 @@ def _load_failure(code: int, said: str) -> str:
     return f"ssh-add could not load the key (exit code {code}{': ' if word else ''}{word})."
 
 
-def _exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def _exit_code(child: int, *, seconds: float) -> int:
+    """How `child` ended. Raises TimeoutError and InterruptedStartError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        interrupted()
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+        time.sleep(0.001)
 
 
 def _kill(child: int) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from quietport.sshagent.key import checked
+from quietport.sshagent.names import AgentAccessError
 from tests.unit.sshagent_world import VARIABLE, World, make_key, script, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can look into a process that hides itself")
@@ -214,3 +216,30 @@ def test_isolated_python_is_how_it_runs() -> None:
     code = "import sys; print(sys.orig_argv[1:3])"
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "['-I', '-c']\n"
+
+
+@pytest.mark.parametrize(
+    "kind", [("ed25519", "RFC4716"), ("ecdsa", "PEM"), ("ecdsa", "PKCS8"), ("rsa", "PEM")]
+)
+def test_kinds_of_keys(tmp_path: Path, kind: tuple[str, str]) -> None:
+    for passphrase in ("", "secret"):
+        place = tmp_path / f"k{passphrase}"
+        argv = ["ssh-keygen", "-q", "-t", kind[0], "-m", kind[1], "-N", passphrase, "-f", str(place)]
+        subprocess.run(argv, check=True)
+        data = place.read_bytes()
+        if passphrase:
+            with pytest.raises(AgentAccessError, match="with a passphrase"):
+                checked(data, "It")
+        else:
+            assert checked(data, "It") == data
+            assert checked(b"\n" + data.strip().replace(b"\n", b"\r\n"), "It") == data
+
+
+def test_what_is_no_private_key(world: World) -> None:
+    public = world.key.with_suffix(".pub").read_bytes()
+    text = world.key.read_bytes()
+    for data in (b"", public, b"x" * 99999, text[:-20], text.replace(b"OPENSSH", b"OPENSSL", 1), text + text,
+                 b"-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n",
+                 b"-----BEGIN OPENSSH PRIVATE KEY-----\n!\n-----END OPENSSH PRIVATE KEY-----\n"):  # fmt: skip
+        with pytest.raises(AgentAccessError, match="private key"):
+            checked(data, "It")

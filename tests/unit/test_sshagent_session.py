@@ -218,6 +218,23 @@ def test_no_ssh_agent_that_works(world: World) -> None:
     assert left_behind(world) == []
 
 
+def test_an_ssh_add_that_never_stops_talking(world: World) -> None:
+    world.path.append(script(world.folder / "bin", "ssh-add", "exec yes nonsense").parent)
+    done = world.run("--", "true")
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+    assert "could not load the key" in done.stderr
+    assert left_behind(world) == []
+
+
+def test_signals_that_the_caller_blocks_stay_blocked(world: World) -> None:
+    blocked = {signal.SIGUSR2, signal.SIGRTMIN + 3}
+    done = world.run(
+        "--", "grep", "SigBlk", "/proc/self/status",
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, blocked) and None,
+    )  # fmt: skip
+    assert int(done.stdout.split()[1], 16) == sum(1 << (number - 1) for number in blocked)
+
+
 def test_a_runtime_root_too_long_for_a_socket(world: World) -> None:
     long = world.folder / ("x" * 100)
     done = world.run("--runtime-root", str(long), "--", "true")
