@@ -254,6 +254,10 @@ def test_sixty_four_starts_at_once(world: World) -> None:
         )
         for _ in range(count)
     ]  # fmt: skip
+    for _ in range(3):  # while they start
+        done = world.run("--prune")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert {line.split()[0] for line in done.stdout.splitlines()} <= {"SKIP_ACTIVE"}
     wait_until(lambda: world.events().count("key_loaded") == count, seconds=120)
     sessions = world.listed()
     assert [session["status"] for session in sessions] == ["active"] * count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import pwd
 import re
 import signal
 import subprocess
@@ -389,6 +390,35 @@ def test_a_pipeline_keeps_its_terminal(world: World) -> None:
         terminal.expect("read=word")
     finally:
         terminal.close()
+
+
+def test_the_end_of_a_terminal_reaches_the_command(world: World) -> None:
+    """As with `ssh -t host codex-openclaw-ssh-agent ...`: the wrapper leads the session of the terminal."""
+    told = world.folder / "told"
+    code = f"trap 'echo hangup > {told}; exit 9' HUP; echo up; while :; do sleep 0.1; done"
+    argv = world.argv("--", "sh", "-c", code)
+    env = world.env()
+    child, master = pty.fork()
+    if child == 0:
+        try:
+            os.execve(argv[0], argv, env)  # noqa: S606 - no shell on purpose
+        finally:
+            os._exit(1)
+    seen = b""
+    while b"up" not in seen:
+        seen += os.read(master, 1024)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert told.read_text() == "hangup\n"
+    assert world.only()["exit_status"] == 9
+
+
+def test_without_a_command_it_is_the_user_s_shell(world: World) -> None:
+    for words in ((), ("--",)):
+        done = world.run(*words, input="ssh-add -l; echo $0; exit 3\n")
+        assert done.returncode == 3
+        assert "canary" in done.stdout
+        assert done.stdout.splitlines()[-1] == pwd.getpwuid(os.getuid()).pw_shell
 
 
 def test_an_upgrade_does_not_disturb_a_session_that_runs(world: World) -> None:
