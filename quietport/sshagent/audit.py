@@ -65,6 +65,14 @@ class Trail:
         """Whether the event of a session is in it."""
         return (event, session) in self._known
 
+    def end_of(self, session: str) -> Event | None:
+        """The event that ended a session; None when none did."""
+        return self._ends.get(session)
+
+    @cached_property
+    def _ends(self) -> dict[str, Event]:
+        return {one.id: one for one in reversed(self.events) if one.event in ENDS}
+
     @cached_property
     def _known(self) -> set[tuple[str, str]]:
         return {(one.event, one.id) for one in self.events}

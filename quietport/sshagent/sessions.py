@@ -145,8 +145,10 @@ def settle_one(root: Root, name: str, trail: audit.Trail) -> Session:
     # Only the lock tells a session that is being ended from one whose agent died.
     session = look(root, name)
     if session.record is not None and session.unwritten:
-        _write_end(root, session.record, told=trail.has(session.status, name))
-        session = replace(session, unwritten=False)
+        told = trail.end_of(name)
+        record = session.record if told is None else _as_told(session.record, told)
+        _write_end(root, record, told=told is not None)
+        session = Session(name, record.status, record)
     return session
 
 
@@ -291,6 +293,23 @@ def _proved_end(record: Record) -> Record | None:
     if record.agent.gone():
         return replace(record, status="crashed", exit_reason="agent-died")
     return None
+
+
+def _as_told(record: Record, event: audit.Event) -> Record:
+    """The end as the audit has it: whoever wrote that was killed before it wrote the record."""
+    more = event.more
+    ended = replace(
+        record,
+        status=event.event,
+        ended_at=None if more.get("duration_s") is None else stamp(event.at),
+        duration_s=more.get("duration_s"),
+        exit_reason=more.get("reason"),
+        exit_status=more.get("exit_status"),
+    )
+    try:
+        return parse_record(ended.to_bytes(), name=record.id)
+    except InvalidError:
+        return record
 
 
 def _since(record: Record) -> float:

@@ -230,6 +230,24 @@ def test_the_event_of_a_crash_is_written_once_also_when_its_writer_was_killed_in
     assert json.loads((world.directory(record) / "session.json").read_text())["status"] == "crashed"
 
 
+def test_an_end_that_is_in_the_audit_alone_is_believed(world: World) -> None:
+    """Its writer was killed between the event and the record."""
+    record, odd = world.fabricate(), world.fabricate()
+    with opened(world) as root, locked(root):
+        told = {"reason": "command-ended", "duration_s": 12.5, "exit_status": 4}
+        audit.append(root, "stopped", record.id, **told)
+        audit.append(root, "stopped", odd.id, reason=["no"], duration_s="x", exit_status=999)
+    for _ in (1, 2):
+        with opened(world) as root:
+            entries = {session.id: session.to_json() for session in sessions.everything(root)[0]}
+        entry = entries[record.id]
+        assert (entry["status"], entry["exit_reason"]) == ("stopped", "command-ended")
+        assert (entry["duration_s"], entry["exit_status"]) == (12.5, 4)
+        assert entry["ended_at"] is not None
+        assert entries[odd.id]["status"] == "crashed"
+    assert world.events() == ["created", "created", "stopped", "stopped"]
+
+
 def test_what_is_wrong_with_a_session_has_a_name(world: World) -> None:
     world.opened().close()
     names = {}
