@@ -81,17 +81,13 @@ class Session:
 
 def look(root: Root, name: str) -> Session:
     """What can be said of sessions/`name` now. Never raises for what is wrong with it."""
-    shown = root.path / "sessions" / name
     try:
-        directory = open_private(name, root.sessions, shown)
+        with _opened(root, name) as (_, session):
+            return session
     except UnsafeError:
         return Session(name, "unsafe", cause="the directory is not private, or is none")
     except (AgentAccessError, ValueError) as error:
         return Session(name, "unknown", cause=str(error))
-    try:
-        return examine(directory, name, shown)
-    finally:
-        os.close(directory)
 
 
 def examine(directory: int, name: str, shown: Path) -> Session:
@@ -144,12 +140,15 @@ def settle_one(root: Root, name: str, trail: audit.Trail) -> Session:
     """The same of one, with the lock held and the audit in `trail`. Raises AgentAccessError."""
     # Only the lock tells a session that is being ended from one whose agent died.
     session = look(root, name)
-    if session.record is not None and session.unwritten:
+    if not session.unwritten:
+        return session
+    with _opened(root, name) as (directory, session):
+        if session.record is None or not session.unwritten:
+            return session
         told = trail.end_of(name)
         record = session.record if told is None else _as_told(session.record, told)
-        _write_end(root, record, told=told is not None)
-        session = Session(name, record.status, record)
-    return session
+        _write_end(root, directory, record, told=told is not None)
+        return Session(name, record.status, record)
 
 
 def publish(root: Root, record: Record, environment: bytes) -> None:
@@ -191,24 +190,41 @@ def end(root: Root, record: Record) -> Record:
     `record` is the end as the caller saw it; returns the end that is written down. An end that another one
     wrote keeps its reason and gets the command's exit status. Raises AgentAccessError.
     """
-    session = look(root, record.id)
-    written = session.record
-    if written is None or session.unwritten or not written.ended:
-        _write_end(root, record)
-        return record
-    if record.exit_status is not None:
-        exited(root, record.id, record.exit_status)
-    return written
+    with suppress(MissingError, UnsafeError), _opened(root, record.id) as (directory, session):
+        written = session.record
+        if written is not None and written.ended and not session.unwritten:
+            _note_exit(root, directory, written, record.exit_status)
+            return written
+        if written is not None:
+            _write_end(root, directory, record)
+            return record
+    told = audit.read(root).end_of(record.id)
+    if told is not None:
+        return _as_told(record, told)  # stopped and pruned before we came
+    _tell(root, record)
+    raise AgentAccessError(f"{root.path / 'sessions' / record.id} is not as this program left it.")
 
 
 def exited(root: Root, name: str, exit_status: int) -> None:
     """Note the exit status of the command of a session that ended before it did. The lock must be held.
 
-    A session that was pruned meanwhile stays away. Raises AgentAccessError.
+    Raises AgentAccessError, MissingError when it was pruned meanwhile.
     """
-    record = look(root, name).record
-    if record is not None and record.ended and record.exit_status is None:
-        _write_record(root, replace(record, exit_status=exit_status))
+    with _opened(root, name) as (directory, session):
+        if session.record is not None:
+            _note_exit(root, directory, session.record, exit_status)
+
+
+def discard(root: Root, name: str, place: int) -> bool:
+    """Take a session away that came to nothing. The lock must be held; `place` is the staging directory.
+
+    Returns whether it is gone. Raises AgentAccessError, OSError.
+    """
+    with _opened(root, name) as (directory, session):
+        if session.record is None or not remove(root, name, directory, place):
+            return False
+        clear(f"pruned-{name}", place, directory)
+        return True
 
 
 def remove(root: Root, name: str, directory: int, place: int) -> bool:
@@ -249,7 +265,7 @@ def sweep(root: Root, place: int) -> None:
         except AgentAccessError:
             continue
         try:
-            if kind not in ("new", "pruned") or ID.fullmatch(session) is None:
+            if kind not in ("new", "pruned") or not _is_of(directory, session):
                 continue
             trail = audit.read(root)
             if kind == "pruned" and not trail.has("pruned", session):
@@ -317,39 +333,63 @@ def _since(record: Record) -> float:
     return round(max(0.0, passed), 3)
 
 
-def _write_end(root: Root, record: Record, *, told: bool = False) -> None:
+def _write_end(root: Root, directory: int, record: Record, *, told: bool = False) -> None:
     # The event first: a writer killed in between finds it there, one killed before finds neither.
     if not told:
-        audit.append(
-            root,
-            record.status,
-            record.id,
-            reason=record.exit_reason,
-            duration_s=record.duration_s,
-            exit_status=record.exit_status,
-        )
-    _write_record(root, record)
+        _tell(root, record)
+    _write_record(root, directory, record)
 
 
-def _write_record(root: Root, record: Record) -> None:
-    with _directory(root, record.id) as (directory, shown):
-        try:
-            with suppress(FileNotFoundError):
-                os.unlink(NEW_RECORD, dir_fd=directory)
-            write_private(NEW_RECORD, directory, record.to_bytes(), shown / SESSION_JSON)
-            os.rename(NEW_RECORD, SESSION_JSON, src_dir_fd=directory, dst_dir_fd=directory)
-        except OSError as error:
-            raise AgentAccessError(f"{shown / SESSION_JSON} cannot be replaced: {error.strerror}.") from error
+def _tell(root: Root, record: Record) -> None:
+    audit.append(
+        root,
+        record.status,
+        record.id,
+        reason=record.exit_reason,
+        duration_s=record.duration_s,
+        exit_status=record.exit_status,
+    )
+
+
+def _note_exit(root: Root, directory: int, record: Record, exit_status: int | None) -> None:
+    if record.ended and record.exit_status is None and exit_status is not None:
+        _write_record(root, directory, replace(record, exit_status=exit_status))
+
+
+def _write_record(root: Root, directory: int, record: Record) -> None:
+    """`directory` is the one that held the record before: its name may be another directory's by now."""
+    shown = root.path / "sessions" / record.id / SESSION_JSON
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(NEW_RECORD, dir_fd=directory)
+        write_private(NEW_RECORD, directory, record.to_bytes(), shown)
+        os.rename(NEW_RECORD, SESSION_JSON, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError as error:
+        raise AgentAccessError(f"{shown} cannot be replaced: {error.strerror}.") from error
 
 
 @contextmanager
-def _directory(root: Root, name: str) -> Iterator[tuple[int, Path]]:
+def _opened(root: Root, name: str) -> Iterator[tuple[int, Session]]:
+    """The directory of a session, and what can be said of that very one."""
     shown = root.path / "sessions" / name
     directory = open_private(name, root.sessions, shown)
     try:
-        yield directory, shown
+        yield directory, examine(directory, name, shown)
     finally:
         os.close(directory)
+
+
+def _is_of(directory: int, name: str) -> bool:
+    """Whether every file in an open directory is of the session `name`, or was not yet filled."""
+    if ID.fullmatch(name) is None:
+        return False
+    try:
+        contents = [
+            read_private(file, directory, Path(file), max_bytes=MAX_BYTES) for file in names_in(directory)
+        ]
+    except (AgentAccessError, OSError):
+        return False
+    return all(not data or name.encode() in data for data in contents)
 
 
 def _is(name: str, parent: int, directory: int) -> bool:

@@ -33,7 +33,7 @@ from quietport.sshagent.names import (
 )
 from quietport.sshagent.process import Process, boottime, hide
 from quietport.sshagent.record import Record, agent_env
-from quietport.sshagent.root import Root, locked, open_private, open_root, staging
+from quietport.sshagent.root import Root, locked, open_root, staging
 from quietport.sshagent.spawn import environment, spawn, standard_descriptors
 from quietport.sshagent.wanted import CommandError, Tools, Wanted, find_tools
 
@@ -202,23 +202,17 @@ class _Run:
             reason = "command-not-started"
         try:
             with locked(self.root, timeout=END_LOCK_S), staging(self.root) as place:
-                shown = self.root.path / "sessions" / self.id
-                directory = open_private(self.id, self.root.sessions, shown)
-                try:
-                    # On a full disk the session goes all the same.
-                    with suppress(AgentAccessError):
-                        audit.append(
-                            self.root,
-                            "stopped",
-                            self.id,
-                            reason=reason,
-                            duration_s=self._lasted(),
-                            exit_status=None,
-                        )
-                    if sessions.remove(self.root, self.id, directory, place):
-                        sessions.clear(f"pruned-{self.id}", place, directory)
-                finally:
-                    os.close(directory)
+                # On a full disk the session goes all the same.
+                with suppress(AgentAccessError):
+                    audit.append(
+                        self.root,
+                        "stopped",
+                        self.id,
+                        reason=reason,
+                        duration_s=self._lasted(),
+                        exit_status=None,
+                    )
+                sessions.discard(self.root, self.id, place)
         except (AgentAccessError, OSError) as failure:
             complain(f"The session {self.id} could not be taken away: {failure}")
 

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from quietport.sshagent import sessions
 from quietport.sshagent.names import AgentAccessError
+from quietport.sshagent.process import Process
 from quietport.sshagent.prune import prune
 from quietport.sshagent.root import Root
 from tests.unit.sshagent_world import World, make_key
@@ -117,6 +118,8 @@ def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> No
     (victim / "precious").chmod(0o600)
     lure.mkdir(mode=0o700)
     shutil.copytree(victim, lure / template.id)
+    here = Process.of(os.getpid())
+    running = {world.fabricate(wrapper=here, agent=here, keeper=here).id for _ in range(5)}
     before = picture(victim), picture(lure)
     enough = world.folder / "enough"
     argv = [sys.executable, "-c", SWAPPER, str(world.root), str(victim), str(lure), str(enough)]
@@ -125,32 +128,23 @@ def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> No
     swapper.stdout.readline()
     began = time.monotonic()
     statuses: set[str] = set()
-    pruned = refused = 0
-    while (passed := time.monotonic() - began) < 2.5 or (
+    pruned = 0
+    while (passed := time.monotonic() - began) < 1.5 or (
         passed < 30 and not (pruned and "active" in statuses)
     ):
-        try:
-            running = world.fabricate(**RUNNING)
-            over = world.fabricate()
-        except AgentAccessError:
-            refused += 1
-            continue
-        try:
+        # A refusal is an answer too; anything else would be a traceback.
+        with suppress(AgentAccessError):
+            over = world.fabricate().id
             with opened(world) as root:
                 for session in sessions.everything(root)[0]:
-                    if session.id == running.id:
+                    if session.id in running:
                         statuses.add(session.status)
                         assert session.status in ("active", "unsafe", "unknown", "invalid")
-                    if session.id == over.id:
+                    elif session.id == over:
                         assert session.status in ("crashed", "unsafe", "unknown", "invalid")
                 words = {verdict.id: verdict.word for verdict in prune(root, dry=False)}
-                assert words.get(running.id) != "PRUNED"
+                assert not any(words.get(name) == "PRUNED" for name in running)
                 pruned += sum(word == "PRUNED" for word in words.values())
-        except AgentAccessError:
-            refused += 1
-        for name in os.listdir(world.root / "sessions") if (world.root / "sessions").is_dir() else []:  # noqa: PTH208
-            if name == running.id:
-                shutil.rmtree(world.root / "sessions" / name, ignore_errors=True)
     enough.touch()
     swaps = int(swapper.communicate(timeout=30)[0])
     assert (picture(victim), picture(lure)) == before
@@ -158,17 +152,6 @@ def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> No
     assert swaps > 100
     assert pruned > 0
     assert "active" in statuses
-
-
-RUNNING = {}
-
-
-@pytest.fixture(autouse=True)
-def _running() -> None:
-    from quietport.sshagent.process import Process
-
-    here = Process.of(os.getpid())
-    RUNNING.update(wrapper=here, agent=here, keeper=here)
 
 
 def test_a_directory_swapped_between_look_and_removal_is_not_removed(
@@ -280,7 +263,8 @@ elif kind == "fills":
     code, out, err = run("--", "sh", "-c", "dd if=/dev/zero of=%s/filler bs=4k 2>/dev/null; exit 5" % folder)
     print((code, out, err.count("\\n"), "cannot be written down" in err, os.listdir(root + "/sockets")))
     os.unlink(folder + "/filler")
-    print("crashed" in run("--list")[1])
+    # Its event had room at the end of the audit, its record had none.
+    print("stopped" in run("--list")[1])
     print(run("--prune")[1].count("PRUNED"))
 else:
     print(run("--", "true"))

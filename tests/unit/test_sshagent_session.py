@@ -451,6 +451,19 @@ def test_a_session_that_was_pruned_while_its_command_goes_on(world: World) -> No
     assert world.events() == ["created", "key_loaded", "expired", "pruned"]
 
 
+def test_a_session_whose_files_somebody_took(world: World) -> None:
+    process = world.start("--", "sh", "-c", "read go; exit 7", stdin=subprocess.PIPE)
+    wait_until(lambda: "key_loaded" in world.events())
+    (place,) = (world.root / "sessions").iterdir()
+    agent = int((place / "agent.env").read_text().split("PID=")[1])
+    place.rename(world.folder / "taken")
+    _, err = process.communicate("go\n", timeout=20)
+    assert (process.returncode, err.count("\n")) == (7, 1)
+    assert "is not as this program left it" in err
+    assert not alive(agent)
+    assert world.events() == ["created", "key_loaded", "stopped"]
+
+
 def test_an_interrupt_while_the_key_is_awaited(world: World) -> None:
     process = world.start("--key-fd", "0", "--", "true", stdin=subprocess.PIPE)
     wait_until(lambda: "S (sleeping)" in Path(f"/proc/{process.pid}/status").read_text())

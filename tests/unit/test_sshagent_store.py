@@ -346,7 +346,7 @@ def valid(name: str) -> bytes:
 
 
 NAME = "20260102T030405Z-0123abcd"
-ANY = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+ANY = settings(max_examples=70, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -618,13 +618,21 @@ def test_staged_leftovers_of_a_killed_process_go(world: World) -> None:
     staging = world.root / "staging"
     for name in (f"new-{started}", f"new-{published}", "new-x", "other"):
         (staging / name).mkdir(mode=0o700)
-        (staging / name / "agent.env").write_text("half")
+        file = staging / name / "agent.env"
+        file.write_text(f"SSH_AUTH_SOCK=/x/{name[4:]}")
+        file.chmod(0o600)
+    # It has the name of one of ours, and holds something else.
+    theirs = staging / "new-20260102T030405Z-00000003"
+    theirs.mkdir(mode=0o700)
+    (theirs / "session.json").write_text("{}")
+    (theirs / "session.json").chmod(0o600)
     # Killed between the rename and the event of a prune.
     with opened(world) as root:
         sessions.everything(root)
     world.directory(record).rename(staging / f"pruned-{record.id}")
     assert words(world) == {}
-    assert sorted(place.name for place in staging.iterdir()) == ["new-x", "other"]
+    assert sorted(place.name for place in staging.iterdir()) == [theirs.name, "new-x", "other"]
+    assert (theirs / "session.json").read_text() == "{}"
     found = [(one.event, one.id) for one in world.trail().events]
     assert ("pruned", record.id) in found
     assert found.count(("crashed", published)) == 1
