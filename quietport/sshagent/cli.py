@@ -28,7 +28,7 @@ import os
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quietport.errors import FINE, USAGE, printable
@@ -222,7 +222,7 @@ def _session(arguments: Arguments, argv: Sequence[str]) -> int:
     if wanted.hosts:
         from quietport.sshagent.hostkeys import check
 
-        check(wanted.hosts, wanted.known_hosts)
+        wanted = replace(wanted, known_hosts=check(wanted.hosts, wanted.known_hosts))
     variable = variable or KEY_VARIABLE
     material = key.from_variable(variable) if number is None else key.from_descriptor(number)
     key.hand_over(material, _again(wanted), began_with=argv, variable=variable)

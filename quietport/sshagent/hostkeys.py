@@ -12,8 +12,11 @@ from quietport.sshagent.names import AgentAccessError
 from quietport.sshagent.root import check_parents
 
 
-def check(hosts: Sequence[str], known_hosts: Path) -> None:
-    """Raises AgentAccessError unless the file is root's alone and has a key of every host."""
+def check(hosts: Sequence[str], known_hosts: Path) -> Path:
+    """The file without links on the way to it, for ssh-add to open: nobody but root can make it another.
+
+    Raises AgentAccessError unless it is root's alone and has a key of every host.
+    """
     path = known_hosts.parent.resolve() / known_hosts.name
     try:
         check_parents(path)
@@ -27,3 +30,4 @@ def check(hosts: Sequence[str], known_hosts: Path) -> None:
             raise AgentAccessError(f"Host keys cannot be looked up: {error}") from error
         if found.code != 0 or not found.out.strip():
             raise AgentAccessError(f"{known_hosts} has no host key of {name}: let root add it.")
+    return path

@@ -6,7 +6,6 @@ import os
 import pwd
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from quietport.sshagent.hosts import is_host
-from tests.unit.sshagent_world import World, make_key, wait_until
+from tests.unit.sshagent_world import World, make_key, script, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="host keys come from a file of root's")
 SSHD = "/usr/sbin/sshd"
@@ -138,6 +137,18 @@ def test_host_keys_come_from_a_file_that_root_alone_can_change(world: World) -> 
     assert refused()
     world.folder.chmod(0o700)
     assert world.run(*words).returncode == 0
+    # A link on the way is resolved once, before the look: what it says later does not matter.
+    real = world.folder / "real"
+    real.mkdir()
+    known.rename(real / "known")
+    (world.folder / "link").symlink_to(real)
+    seen = world.folder / "seen"
+    text = f'echo "$@" >{seen}; exec /usr/bin/ssh-add "$@"'
+    world.path.append(script(world.folder / "bin", "ssh-add", text).parent)
+    linked = str(world.folder / "link" / "known")
+    assert world.run("--known-hosts", linked, *words[2:]).returncode == 0
+    assert f"-H {real / 'known'} -" in seen.read_text()
+    (real / "known").rename(known)
     moved = known.rename(world.folder / "moved")
     known.symlink_to(moved)
     done = world.run(*words)
@@ -146,15 +157,12 @@ def test_host_keys_come_from_a_file_that_root_alone_can_change(world: World) -> 
 
 @AS_ROOT
 def test_an_ssh_add_that_knows_no_constraints(world: World) -> None:
-    from tests.unit.sshagent_world import script
-
     known = world.folder / "known"
     known.write_text(f"one {world.key.with_suffix('.pub').read_text()}")
     text = "echo 'ssh-add: unknown option -- h' >&2; exit 1"
     world.path.append(script(world.folder / "bin", "ssh-add", text).parent)
     done = world.run("--known-hosts", str(known), "--allow-host", "one", "--", "true")
     assert (done.returncode, "needs OpenSSH 8.9 or newer" in done.stderr) == (125, True)
-    time.sleep(0)
 
 
 def test_names_of_hosts() -> None:
