@@ -172,6 +172,11 @@ class HostSettings(BaseModel):
     agent_users: tuple[str, ...] = Field(
         ("agent",), description="Users the agents run as. Made without a password and without sudo."
     )
+    agent_known_hosts: tuple[str, ...] = Field(
+        (),
+        description="Lines of known_hosts that name the hosts an agent's session may be bound to with "
+        "--allow-host.",
+    )
     secrets: dict[str, Source] = Field(
         default_factory=dict,
         description="Files with a secret: path on the host = source. "
@@ -285,6 +290,14 @@ class HostSettings(BaseModel):
         for value in values:
             if "\n" in value or not re.match(r"^(ssh-|ecdsa-|sk-)\S+ \S+", value):
                 raise ValueError("must be a list of public keys as in authorized_keys, without options")
+        return values
+
+    @field_validator("agent_known_hosts")
+    @classmethod
+    def _known_hosts(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if not re.fullmatch(r"[^\s#@|]\S* (ssh-|ecdsa-|sk-)\S+ [A-Za-z0-9+/]+=*", value):
+                raise ValueError("must be a list of lines such as 'git.example.org ssh-ed25519 AAAA...'")
         return values
 
     @field_validator("sudo_password", "login_password", "auth_key")

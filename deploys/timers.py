@@ -7,7 +7,9 @@ from dataclasses import replace
 from pyinfra.api.deploy import deploy
 
 from control.settings import HostSettings
+from deploys.agent_access import FOLDER
 from operations import timers as operations
+from operations.agent_access import STATE, home_of
 from operations.common import each
 from operations.programs import LAUNCHER
 from operations.timers import Timer
@@ -41,8 +43,23 @@ TIMERS = (
 )
 
 
+def prune_of(user: str, home: str) -> Timer:
+    """The timer that clears away the ended ssh-agent sessions of an agent."""
+    return Timer(
+        name=f"agent-prune-{user}",
+        schedule="daily",
+        program=(f"{FOLDER}/codex-openclaw-ssh-agent", "--prune"),
+        user=user,
+        # To the journal, which the agent cannot edit.
+        address_families=("AF_UNIX",),
+        # Made in the converge, and not there when the agent has removed it: then there is nothing to do.
+        writes=(f"-{home}/{STATE}", "-/run/user"),
+        sees_homes=True,
+    )
+
+
 def declared(settings: HostSettings) -> list[Timer]:
-    """The timers of a host that is told `settings`."""
+    """The host's own timers, of one that is told `settings`."""
     if not settings.break_glass_cidrs:
         return list(TIMERS)
     # An sshd on every address is judged by what the firewall admits, and to ask it is a privilege too.
@@ -53,7 +70,7 @@ def declared(settings: HostSettings) -> list[Timer]:
 @deploy("timers")
 def timers(settings: HostSettings) -> None:
     """Each timer's units, enabled; none of ours besides."""
-    wanted = declared(settings)
+    wanted = [*declared(settings), *(prune_of(user, home_of(user)) for user in settings.agents)]
     units = [timer.unit for timer in wanted]
     operations.no_others(name="timers: none of ours but the declared ones", units=units)
     for timer in each(wanted):

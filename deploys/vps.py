@@ -10,6 +10,7 @@ from __future__ import annotations
 from pyinfra.context import host
 
 from control.settings import settings_for
+from deploys.agent_access import agent_access
 from deploys.docker import docker
 from deploys.firewall import firewall
 from deploys.guard import guard
@@ -33,6 +34,7 @@ guard(settings=settings)
 docker(settings=settings)
 tailscale(settings=settings)
 secrets(settings=settings)
+agent_access(settings=settings)
 timers(settings=settings)
 follower(settings=settings)
 firewall(settings=settings)

@@ -29,7 +29,7 @@ rm -f -- "$2/$1.timer"
 systemctl daemon-reload
 systemctl reset-failed --quiet -- "$1.service" 2>/dev/null || true
 """
-_NAME = re.compile(r"^[a-z][a-z0-9-]{0,40}$")
+_NAME = re.compile(r"^[a-z][a-z0-9_-]{0,60}$")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Timer:
     """A program that runs by itself: `program` (argv, absolute path) on `schedule` (OnCalendar) as `user`.
 
     The rest is what its unit may do beyond nothing: capabilities, address families, paths it writes below,
-    and `sees_processes`: it looks at the host's own sockets and processes. `jitter_s` spreads a fleet.
+    `sees_processes`: it looks at the host's own sockets and processes, and `sees_homes`: it reads below /home
+    and /run/user. `jitter_s` spreads a fleet.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Timer:
     address_families: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     sees_processes: bool = False
+    sees_homes: bool = False
     jitter_s: int = 3600
     timeout_s: int = 300
 
@@ -77,7 +79,7 @@ def _quoted(word: str) -> str:
 def unit_files(timer: Timer) -> dict[str, str]:
     """Path = text of the timer's two units. Raises ValueError when its name or program cannot be used."""
     if not _NAME.match(timer.name):
-        raise ValueError("a timer's name is lower-case letters, digits and dashes")
+        raise ValueError("a timer's name is lower-case letters, digits, dashes and underscores")
     values = {"timer": timer, "unit": timer.unit, "command": command_line(timer.program)}
     return {
         f"{UNIT_FOLDER}/{timer.unit}.{kind}": template.render(values) for kind, template in _TEMPLATES.items()

@@ -26,7 +26,7 @@ from tests.operations import fixtures
 from tests.operations.fixtures import digest, scalar
 
 HERE = Path(__file__).parent
-MODULES = ("units", "ufw", "secret", "timers")
+MODULES = ("units", "ufw", "secret", "timers", "agent_access")
 
 
 def unit(kind: str) -> str:
