@@ -95,5 +95,6 @@ def test_and_not_when_its_time_is_over(party: Party) -> None:
 def test_nothing_of_it_is_left(party: Party) -> None:
     assert '"active"' not in party.sessions()
     assert party.here.done("pgrep -u agent ssh-agent").returncode == 1
-    left = party.here.inside("grep -rl 'OPENSSH PRIVATE' /home/agent /run/user /tmp /var/lib/quietport || true")
+    found = "grep -rl 'OPENSSH PRIVATE' /home/agent /run/user /tmp /var/lib/quietport"
+    left = party.here.inside(f"{found} || true")
     assert left == ""
