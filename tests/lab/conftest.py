@@ -24,8 +24,11 @@ from lab.up import Wanted
 from tests.lab import record, table, variants
 from tests.lab.checks import CHECKS
 from tests.lab.guarded import Guarded
+from tests.lab.lockout import campaign_of_ci
+from tests.lab.own import FAILED, Waits, own_lab
 from tests.lab.story import PROGRESS, TOLD, Lab, in_ci, in_test_all
 from tests.lab.tale import Tale, tell
+from tests.lab.ways import Ways
 
 BLANK = {
     "fleet": (Wanted.of("container", "trixie"), Wanted.of("container", "bookworm")),
@@ -34,15 +37,8 @@ BLANK = {
 if in_test_all():
     BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
 STORIES = {**BLANK, **variants.STORIES}
-# Not in every run yet, which has no room for them: each is green on its own, but for test_power.py.
-if not in_test_all():
-    collect_ignore = [
-        "test_lockout.py",
-        "test_follow.py",
-        "test_guard_host.py",
-        "test_power.py",
-        "test_ways.py",
-    ]
+# Mostly waits, in this order; they begin with test_outer_faults.py (own.py).
+WAITING = ("test_follow.py", "test_guard_host.py", "test_ways.py", "test_lockout.py")
 # The end of a failure, which is where the reason is; the summary has all of it.
 AT_ONCE_LINES = 40
 MARKERS = {
@@ -118,9 +114,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _place(item: pytest.Item) -> int:
     story = _told_of(item)
     if story is None:
+        if (module := Path(item.path).name) in WAITING:
+            return 2 + WAITING.index(module)
         # Both have one blank host; by name, what leaves it untouched comes first.
-        return 0 if any(name in item.nodeid for name in ("test_bad_input", "test_faults")) else 1
-    return 2 if story == "fleet" else 3 if _kind(story) == "container" else 4
+        return 0 if module in ("test_bad_input.py", "test_faults.py") else 1
+    return 10 if story == "fleet" else 11 if _kind(story) == "container" else 12
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -154,8 +152,8 @@ def _next(groups: dict[tuple[str | None, str], list[pytest.Item]]) -> pytest.Ite
         return None
     ended = [key for key in reversed(groups) if key[0] in TELLING and TELLING[key[0]].chapters.ended]
     free = [key for key in groups if key[0] is None]
-    if not free:
-        NONE_LEFT.set()
+    if all(Path(module).name in WAITING for _, module in free):
+        ROOM.set()
     key = BEGUN[-1] if BEGUN and BEGUN[-1] in groups else next(iter([*ended, *free, *groups]))
     BEGUN.append(key)
     item = groups[key].pop(0)
@@ -177,8 +175,8 @@ def _leave_if_over(
         stories.leave(story)
 
 
-# Set when no test is left that is about no story: then this thread has nothing to do but wait for stories.
-NONE_LEFT = threading.Event()
+# Set when no test is left that is about no story, but for those that mostly wait.
+ROOM = threading.Event()
 # The stories that are being told, and which module of which story was begun, in this order.
 TELLING: dict[str, Tale] = {}
 BEGUN: list[tuple[str | None, str]] = []
@@ -251,10 +249,11 @@ def _tell(name: str, told: Mapping[str, Tale]) -> Tale:
     before = [tale.chapters for other, tale in told.items() if _kind(other) == _kind(name)]
 
     def turn() -> None:
+        # What a VM does after its converge leaves enough of a processor for the next one.
         for chapters in before:
-            chapters.wait()
+            chapters.results["applied" if _kind(name) == "vm" else "apply"].exception()
         if _kind(name) == "container":
-            NONE_LEFT.wait()
+            ROOM.wait()
 
     return variants.tell(name, STORIES[name], checks=CHECKS, turn=turn)
 
@@ -275,9 +274,6 @@ def tale(story: str, stories: Stories, request: pytest.FixtureRequest) -> Iterat
     yield stories.told[story]
     if request.session.testsfailed > before or request.node.stash.get(FAILED, False):
         stories.failed.add(story)
-
-
-FAILED: pytest.StashKey[bool] = pytest.StashKey()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -303,35 +299,28 @@ def blank(
     stories: Stories, request: pytest.FixtureRequest, needs_containers: None
 ) -> Iterator[tuple[Lab, str]]:
     """A lab of its own with one blank host, for what must go wrong on it, one test after the other."""
-    lab = Lab.new("faults")
-    try:
-        name = lab.up(kind="container", distro="trixie")
-        yield lab, name
-    except BaseException:
-        lab.collect()
-        raise
-    tests = [item for item in request.session.items if "blank" in getattr(item, "fixturenames", ())]
-    if any(item.stash.get(FAILED, False) for item in tests):
-        lab.collect()
-    else:
-        lab.down()
+    with own_lab("faults", request.session, asked_by="blank") as lab:
+        yield lab, lab.up(kind="container", distro="trixie")
 
 
 @pytest.fixture(scope="session")
-def guarded(stories: Stories, request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Guarded]:
-    """A lab of its own with hosts whose addresses change, and hosts under a guard; their stories begin."""
-    told = Guarded(Lab.new("guarded"))
+def waits(stories: Stories, request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Waits]:
+    """What mostly waits, in the background: begun here, whichever of it is asked for first."""
+    waits = Waits(request.session)
     try:
-        told.begin()
-        yield told
-    except BaseException:
-        told.lab.collect()
-        raise
-    tests = [item for item in request.session.items if "guarded" in getattr(item, "fixturenames", ())]
-    if any(item.stash.get(FAILED, False) for item in tests):
-        told.lab.collect()
-    else:
-        told.lab.down()
+        waits.begin("guarded", Guarded.begun)
+        waits.begin("ways", Ways.begun)
+        waits.begin("lockout", campaign_of_ci)
+        yield waits
+    finally:
+        waits.close()
+
+
+@pytest.fixture(scope="session")
+def guarded(waits: Waits) -> Guarded:
+    """Hosts whose addresses change, and hosts under a guard; their stories are being told."""
+    told: Guarded = waits.told("guarded")
+    return told
 
 
 @pytest.fixture

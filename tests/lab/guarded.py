@@ -77,6 +77,13 @@ class Guarded:
     server: threading.Lock = field(default_factory=threading.Lock)
     """Held by who stops the control server, or cannot do without it."""
 
+    @classmethod
+    def begun(cls, lab: Lab) -> Guarded:
+        """Make the hosts, then tell all stories at once; they go on when this returns."""
+        told = cls(lab)
+        told.begin()
+        return told
+
     def begin(self) -> None:
         """Make the hosts, then tell all stories at once."""
 
@@ -125,7 +132,7 @@ class Guarded:
         return [
             ("up", lambda: self.converge(FOLLOW)),
             *(
-                (what, lambda what=what, act=act: self.unseen(what, act))  # type: ignore[misc]
+                (what, lambda what=what, act=act: self.unseen(what, act))
                 for what, act in (
                     ("tailscaled killed", self.tailscaled_killed),
                     ("reinstalled", self.reinstalled),

@@ -21,7 +21,7 @@ from lab import targets, toolchain
 from lab.process import wait_until
 from lab.tailnet import Tailnet
 from tests.lab.record import plain, record
-from tests.lab.story import DEPLOY, Done, Hosts, Lab, canary, run
+from tests.lab.story import CONVERGE_TIMEOUT_S, DEPLOY, Done, Hosts, Lab, canary, run
 from tests.lab.untouched import changes, is_public, ssh_and_firewall, state
 
 pytestmark = pytest.mark.container
@@ -74,7 +74,7 @@ def must_be_refused(hosts: Hosts, blank: Blank, what: str, told: str, **env: str
     lab, name = blank
     before = state(lab, name)
     began = time.monotonic()
-    done = hosts.pyinfra(DEPLOY, "-y", **env)
+    done = hosts.pyinfra(DEPLOY, "-y", timeout=CONVERGE_TIMEOUT_S, **env)
     assert time.monotonic() - began < REFUSED_WITHIN_S
     said = must_say(done, name, told)
     assert changes(before, state(lab, name)) == []

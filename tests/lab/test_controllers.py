@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from lab import targets
 from lab.process import wait_until
-from tests.lab.conftest import FAILED
 from tests.lab.interrupt import Converge
+from tests.lab.own import own_lab
 from tests.lab.record import plain, record, sentence_of
 from tests.lab.story import BIN, DEPLOY, SECRET_VARIABLE, Done, Hosts, Lab
 from tests.lab.untouched import changes, is_public, state
@@ -44,7 +45,7 @@ class Two:
 
     lab: Lab
 
-    def hosts(self, word: str, **second: object) -> Hosts:
+    def hosts(self, word: str, **second: Any) -> Hosts:
         """Their file: without Docker, which has stories of its own, and with steps that only FIRST has."""
         secrets = {f"/etc/e2e/{name}": f"env:{SECRET_VARIABLE}" for name in ("one", "two")}
         more = {"secrets": secrets, "agent_users": ["agent", "helper"]}
@@ -85,20 +86,11 @@ class Two:
 
 @pytest.fixture(scope="module")
 def two(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Two]:
-    lab = Lab.new("controllers")
-    try:
+    with own_lab("controllers", request.session, asked_by="two") as lab:
         with ThreadPoolExecutor() as pool:
             made = pool.map(lambda distro: lab.up(kind="container", distro=distro), ("trixie", "bookworm"))
             assert list(made) == [FIRST, SECOND]
         yield Two(lab)
-    except BaseException:
-        lab.collect()
-        raise
-    mine = [item for item in request.session.items if "two" in getattr(item, "fixturenames", ())]
-    if any(item.stash.get(FAILED, False) for item in mine):
-        lab.collect()
-    else:
-        lab.down()
 
 
 def start(hosts: Hosts, *argv: str) -> Converge:

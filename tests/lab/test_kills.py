@@ -13,8 +13,8 @@ import pytest
 
 from tests.lab import kills
 from tests.lab.kills import GOES_ON, RISKY, Report
+from tests.lab.own import own_lab
 from tests.lab.record import record
-from tests.lab.story import Lab
 
 pytestmark = pytest.mark.container
 
@@ -23,19 +23,10 @@ pytestmark = pytest.mark.container
 def report(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Report]:
     """What thirty kills did."""
     seed = int(os.environ.get("QUIETPORT_SEED", kills.DEFAULT_SEED))
-    lab = Lab.new("kills")
-    before = request.session.testsfailed
-    try:
+    with own_lab("kills", request.session, asked_by="report") as lab:
         found = kills.campaign(lab, kills=kills.DEFAULT_KILLS, seed=seed)
         (lab.run.logs / "kills.json").write_text(json.dumps(found.to_json(), indent=1))
         yield found
-    except BaseException:
-        lab.collect()
-        raise
-    if request.session.testsfailed > before:
-        lab.collect()
-    else:
-        lab.down()
 
 
 def test_the_looks_see_what_is_done_on_purpose(report: Report) -> None:

@@ -5,43 +5,29 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests.lab import lockout
-from tests.lab.lockout import ENDS, Report
+from tests.lab.lockout import DEFAULT_FAULTS, ENDS, Report, sentences
 from tests.lab.lockplan import FAULTS
+from tests.lab.own import Waits
 from tests.lab.record import record
-from tests.lab.story import Lab
 
 pytestmark = pytest.mark.container
 
 
 @pytest.fixture(scope="module")
-def report(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Report]:
+def lockout(waits: Waits) -> Iterator[Report]:
     """What the faults of a plan came to."""
-    seed = int(os.environ.get("QUIETPORT_SEED", lockout.DEFAULT_SEED))
-    lab = Lab.new("lockout")
-    before = request.session.testsfailed
-    try:
-        found = lockout.campaign(lab, faults=lockout.DEFAULT_FAULTS, seed=seed)
-        (lab.run.logs / "lockout.json").write_text(json.dumps(found.to_json(), indent=1))
-        yield found
-    except BaseException:
-        lab.collect()
-        raise
-    if request.session.testsfailed > before:
-        lab.collect()
-    else:
-        lab.down()
+    report: Report = waits.told("lockout")
+    yield report
+    waits.leave("lockout")
 
 
-def test_the_judge_knows_what_is_done_on_purpose(report: Report) -> None:
+def test_the_judge_knows_what_is_done_on_purpose(lockout: Report) -> None:
     """Positive controls: the new state, two that are neither, and a host that nobody reaches."""
-    assert report.controls == {
+    assert lockout.controls == {
         "without a fault": "new",
         "ufw off, sshd new": "mixture",
         "ufw on, sshd old": "mixture",
@@ -49,20 +35,20 @@ def test_the_judge_knows_what_is_done_on_purpose(report: Report) -> None:
     }
 
 
-def test_the_host_is_always_reached_by_one_path_and_is_in_one_state(report: Report) -> None:
+def test_the_host_is_always_reached_by_one_path_and_is_in_one_state(lockout: Report) -> None:
     """Old and complete by the old path, or new and complete by the tailnet; and the controller says which."""
-    print(f"{len(report.results)} faults in {report.took:.0f} s")
-    print(report.table())
-    assert len(report.results) == lockout.DEFAULT_FAULTS >= 34
-    assert not report.failed, report.table()
+    print(f"{len(lockout.results)} faults in {lockout.took:.0f} s")
+    print(lockout.table())
+    assert len(lockout.results) == DEFAULT_FAULTS >= 34
+    assert not lockout.failed, lockout.table()
 
 
-def test_every_kind_of_fault_was_there(report: Report) -> None:
-    assert {result.round.fault for result in report.results} == {fault.name for fault in FAULTS}
+def test_every_kind_of_fault_was_there(lockout: Report) -> None:
+    assert {result.round.fault for result in lockout.results} == {fault.name for fault in FAULTS}
     # Else nothing would be shown of the one or of the other.
-    assert {result.state for result in report.results} == {"old", "new"}
+    assert {result.state for result in lockout.results} == {"old", "new"}
     for fault in FAULTS:
-        found = [result for result in report.results if result.round.fault == fault.name]
+        found = [result for result in lockout.results if result.round.fault == fault.name]
         said = [result.said for result in found if result.code is not None and result.code > 0]
         states = {
             "old": "as it was",
@@ -72,6 +58,6 @@ def test_every_kind_of_fault_was_there(report: Report) -> None:
         record(
             "fault",
             f"{fault.name}, while firewall and ssh are changed",
-            sees=lockout.sentences(said),
+            sees=sentences(said),
             after=states[ENDS.get(fault.name)],
         )

@@ -22,6 +22,7 @@ from lab.process import wait_until
 from lab.state import write
 from lab.variants.ssh import ADMIN, sudo_password
 from tests.lab.interrupt import Converge, seeded
+from tests.lab.own import own_lab
 from tests.lab.record import record
 from tests.lab.spies import FINE, Spy, turned
 from tests.lab.story import (
@@ -211,19 +212,10 @@ def spy(watched: Watched) -> None:
 @pytest.fixture(scope="module")
 def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Everything that was done and seen."""
-    lab = Lab.new("canaries")
-    failed = request.session.testsfailed
-    try:
+    with own_lab("canaries", request.session, asked_by="watched") as lab:
         watched = set_up(lab, tmp_path_factory.mktemp("canaries"))
         tell(watched)
         yield watched
-    except BaseException:
-        lab.collect()
-        raise
-    if request.session.testsfailed > failed:
-        lab.collect()
-    else:
-        lab.down()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from lab import faults, targets
 from lab.aptrepo import AptRepo
 from lab.tailnet import Tailnet
 from tests.lab.interrupt import Converge, seeded
+from tests.lab.own import Waits, own_lab
 from tests.lab.record import record, sentence_of
 from tests.lab.story import CONVERGE_TIMEOUT_S, DEPLOY, Chapters, Done, Hosts, Lab, reachable
 from tests.lab.untouched import changes, ssh_and_firewall
@@ -384,20 +385,12 @@ def failed_with(done: Done, name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def outer(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Faults]:
-    """The lab of this module; its stories begin with it."""
-    told = Faults(Lab.new("outer"))
-    failed = request.session.testsfailed
-    try:
+def outer(request: pytest.FixtureRequest, waits: Waits) -> Iterator[Faults]:
+    """The lab of this module; its stories begin with it. They leave room for what mostly waits."""
+    with own_lab("outer", request.session, asked_by="outer") as lab:
+        told = Faults(lab)
         told.begin()
         yield told
-    except BaseException:
-        told.lab.collect()
-        raise
-    if request.session.testsfailed > failed:
-        told.lab.collect()
-    else:
-        told.lab.down()
 
 
 LINK: Sequence[str] = ("cut for good", "cut for 20 s")

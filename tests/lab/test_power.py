@@ -6,9 +6,9 @@ import pytest
 
 from tests.lab.power import FAULTS
 from tests.lab.record import record
-from tests.lab.tale import Tale
+from tests.lab.tale import OF_POWER, Tale
 
-TOLD_BY = ("vm",)
+TOLD_BY = (OF_POWER,)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -6,24 +6,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab.story import Lab
+from tests.lab.own import Waits
 from tests.lab.ways import Ways
 
 pytestmark = pytest.mark.container
 
 
 @pytest.fixture(scope="module")
-def ways(request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Ways]:
+def ways(waits: Waits) -> Iterator[Ways]:
     """The story of one host; it is told in the background."""
-    told = Ways(Lab.new("ways"))
-    before = request.session.testsfailed
-    told.begin()
+    told: Ways = waits.told("ways")
     yield told
     told.story.wait()
-    if request.session.testsfailed > before:
-        told.lab.collect()
-    else:
-        told.lab.down()
+    waits.leave("ways")
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,12 @@ class Ways:
     def host(self) -> OnHost:
         return OnHost(self.lab, NAME)
 
-    def begin(self) -> None:
-        """Tell it."""
-        self.story = Chapters(self.chapters(), name="ways").start()
+    @classmethod
+    def begun(cls, lab: Lab) -> Ways:
+        """Begin to tell it."""
+        told = cls(lab)
+        told.story = Chapters(told.chapters(), name="ways").start()
+        return told
 
     def chapters(self) -> Sequence[tuple[str, Callable[[], Any]]]:
         return [
