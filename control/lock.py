@@ -31,6 +31,7 @@ from paramiko import SSHException
 
 from control.errors import ReachError
 from control.session import Conversation, Session
+from quietport.errors import printable
 
 DIRECTORY = "/run/quietport"
 # The controller is heard of every BEAT_S seconds. Silent for LATE_S, it is waited for instead of believed.
@@ -44,6 +45,8 @@ ANSWER_S = 30.0
 FAREWELL_S = 5.0
 # Of this process: what it holds, all its sessions hold.
 TOKEN = secrets.token_hex(16)
+# Characters of a text of the host's that are shown.
+SHOWN = 200
 
 # $1 directory, $2 token, $3 who, $4 process id, $5 "take" or "keep", $6 LATE_S, $7 SILENCE_S, $8 PATIENCE_S.
 # bash and util-linux are essential packages of Debian; dash has no `read -t`.
@@ -229,7 +232,7 @@ class HostLock:
 
 def _hold(session: Session, mode: str, say: Callable[[str], None]) -> Conversation:
     numbers = [str(number) for number in (LATE_S, SILENCE_S, PATIENCE_S)]
-    argv = ["bash", "-c", _HOLDER, "bash", DIRECTORY, TOKEN, _who(), str(os.getpid()), mode, *numbers]
+    argv = ["bash", "-c", _HOLDER, "bash", DIRECTORY, TOKEN, who(), str(os.getpid()), mode, *numbers]
     conversation = session.converse(f"exec {shlex.join(argv)}")
     try:
         _await_lock(session.name, conversation, say)
@@ -247,7 +250,10 @@ def _await_lock(name: str, conversation: Conversation, say: Callable[[str], None
         if len(fields) != 4:
             heard = line
             continue
-        owner, more = Owner(*(_plain(field) for field in fields[:3])), _plain(fields[3])
+        owner, more = (
+            Owner(*(printable(field, limit=SHOWN) for field in fields[:3])),
+            printable(fields[3], limit=SHOWN),
+        )
         if word == "held":
             if owner.who:
                 say(f"the converge of {owner} ended without finishing; this one goes on from there.")
@@ -271,7 +277,8 @@ def _await_lock(name: str, conversation: Conversation, say: Callable[[str], None
                 f"{name}: the lock of this run was lost{taken}.", hint="Run again when it is free."
             )
     raise LockError(
-        f"{name}: the lock in {DIRECTORY} cannot be had: {_plain(heard) or 'the host said nothing'}.",
+        f"{name}: the lock in {DIRECTORY} cannot be had: "
+        f"{printable(heard, limit=SHOWN) or 'the host said nothing'}.",
         hint="Mend it, then run again.",
     )
 
@@ -285,14 +292,10 @@ def _next(name: str, conversation: Conversation, limit: float) -> str | None:
         ) from error
 
 
-def _who() -> str:
+def who() -> str:
     """user@machine, in characters that are safe wherever they are shown."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
         user = str(os.getuid())
     return re.sub(r"[^A-Za-z0-9@._-]", "_", f"{user}@{socket.gethostname()}")
-
-
-def _plain(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text)[:200]

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from pyinfra.api.deploy import deploy
 
+from control.guard import LAUNCHER
 from control.settings import HostSettings
 from deploys.agent_access import FOLDER
 from operations import timers as operations
 from operations.agent_access import STATE, home_of
 from operations.common import each
-from operations.programs import LAUNCHER
 from operations.timers import Timer
 
 TIMERS = (

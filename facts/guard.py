@@ -9,6 +9,10 @@ from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import one_host_at_most
+from quietport.errors import printable
+
+# Characters of a text of the host's that are shown.
+SHOWN = 200
 
 
 class Guard(FactBase[dict[str, Any]]):
@@ -41,13 +45,8 @@ class Guard(FactBase[dict[str, Any]]):
         if armed is not None:
             armed = {
                 "token": str(armed["token"]),
-                "by": _plain(str(armed["by"])),
-                "since": _plain(str(armed["since"])),
+                "by": printable(str(armed["by"]), limit=SHOWN),
+                "since": printable(str(armed["since"]), limit=SHOWN),
                 "left_s": int(armed["left_s"]),
             }
         return {"installed": True, "armed": armed}
-
-
-def _plain(text: str) -> str:
-    """Text from a host without what a terminal would act on."""
-    return "".join(char if char.isprintable() else "?" for char in text)[:200]

@@ -10,6 +10,10 @@ from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import one_host_at_most
+from quietport.errors import printable
+
+# Characters of a text of the host's that are shown.
+SHOWN = 100
 
 # Asked as the user: what lies below a home is then only what that user can read anyway. An agent cannot make
 # its list endless, or keep us waiting.
@@ -64,12 +68,11 @@ def _summary(text: str) -> dict[str, Any]:
     created = [one["created_at"] for one in sessions if isinstance(one.get("created_at"), str)]
     return {
         "readable": readable,
-        "counts": dict(sorted(Counter(_plain(one.get("status")) for one in sessions).items())),
-        "oldest": _plain(min(created)) if created else None,
-        "unsafe": sorted(_plain(one.get("id")) for one in sessions if one.get("status") == "unsafe"),
+        "counts": dict(
+            sorted(Counter(printable(str(one.get("status")), limit=SHOWN) for one in sessions).items())
+        ),
+        "oldest": printable(min(created), limit=SHOWN) if created else None,
+        "unsafe": sorted(
+            printable(str(one.get("id")), limit=SHOWN) for one in sessions if one.get("status") == "unsafe"
+        ),
     }
-
-
-def _plain(value: object) -> str:
-    """Text from a host without what a terminal would act on."""
-    return "".join(char if char.isprintable() else "?" for char in str(value))[:100]

@@ -6,9 +6,7 @@ leads every risky command through it; the operations here begin and end a transa
 
 from __future__ import annotations
 
-import getpass
 import os
-import socket
 import time
 from collections.abc import Callable
 
@@ -18,7 +16,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.context import host
 
-from control import guard
+from control import guard, lock
 from control.connector import Unanswered
 from control.errors import QuietportError
 from control.proof import prove, prove_public
@@ -29,7 +27,7 @@ from operations.common import Commands, executing, fail, one_host_at_most, opera
 
 # Arming copies a few files and makes sure that they are on the disk.
 ARM_TIMEOUT_S = 60
-UNPROVEN = "the change is not proven, and undone: "
+UNPROVEN = "the change is not proven, so the guard undoes it: "
 # Hosts on which this run will arm, or would, were it no dry run.
 _planned: set[str] = set()
 
@@ -46,11 +44,7 @@ def will_be_armed(name: str) -> None:
 
 def who() -> str:
     """What the host is told of who arms."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name
-        user = str(os.getuid())
-    return f"{guard.CONVERGE}{user}@{socket.gethostname()} (process {os.getpid()})"
+    return f"{guard.CONVERGE}{lock.who()} (process {os.getpid()})"
 
 
 @one_host_at_most
@@ -95,9 +89,7 @@ def fenced(host: Host, command: PyinfraCommand) -> PyinfraCommand:
     return command
 
 
-def prove_and_confirm(
-    host: Host, *, problems: Callable[[], list[str]] = list, over: Way = "tailnet"
-) -> bool:
+def prove_and_confirm(host: Host, *, problems: Callable[[], list[str]] = list, over: Way = "tailnet") -> bool:
     """A new login, by `over`, proves the change and disarms the guard; the run goes on over that one.
 
     `problems` reads over the new connection what must hold besides; it is not confirmed while one is left.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pyinfra.context import host
 
+from control.guard import LAUNCHER
 from facts.files import FileText
 from operations.common import Commands, operation, program, warn
-from operations.programs import LAUNCHER
 from quietport import opened
 
 

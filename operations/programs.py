@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pyinfra.context import host
 
+from control.guard import LAUNCHER
 from operations.common import Commands, operation, program
 from operations.files import put_if_needed
 
 LIBRARY = "/usr/local/lib/quietport"
 ZIPAPP = f"{LIBRARY}/quietport.pyz"
-LAUNCHER = "/usr/local/sbin/quietport"
 # -I: neither the caller's directory nor PYTHON* variables decide what root runs.
 LAUNCHER_TEXT = f'#!/bin/sh\nexec /usr/bin/python3 -I {ZIPAPP} "$@"\n'
 

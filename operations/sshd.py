@@ -13,6 +13,7 @@ from typing import Any
 from pyinfra.context import host
 
 from control import reach
+from control.guard import LAUNCHER
 from facts.files import FileText
 from facts.packetfilter import PacketFilter
 from facts.sockets import ListeningSockets
@@ -22,7 +23,6 @@ from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import gate
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
-from operations.programs import LAUNCHER
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed, is_enabled, is_masked
 from quietport import admission, sshd
 from quietport.errors import printable

@@ -14,6 +14,7 @@ from pyinfra.context import host
 
 from control import pins, reach
 from control import state as remembered
+from control.guard import LAUNCHER
 from control.settings import settings_for
 from facts.files import FileText
 from facts.sshd import SshdFiles
@@ -31,7 +32,6 @@ from operations.common import (
     show_diff,
     warn,
 )
-from operations.programs import LAUNCHER
 from operations.programs import files_if_needed as programs_if_needed
 from operations.units import UNIT_FOLDER
 from quietport import sshd

@@ -16,6 +16,7 @@ class HostProgramError(Exception):
         super().__init__(sentence)
 
 
-def printable(text: str) -> str:
-    """`text` without characters that steer a terminal: names of processes and files are not ours to trust."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def printable(text: str, *, limit: int | None = None) -> str:
+    """`text`, or `limit` characters of it, without those that steer a terminal: names of processes and files
+    are not ours to trust."""
+    return "".join(character if character.isprintable() else "?" for character in text[:limit])

@@ -90,7 +90,7 @@ def test_the_second_controller_is_refused_with_who_and_since_when(
     with pytest.raises(LockError) as refused:
         HostLock.take(other)
     sentence = str(refused.value)
-    assert f"vps1: another converge is at work here: {lock._who()} (process {os.getpid()})" in sentence
+    assert f"vps1: another converge is at work here: {lock.who()} (process {os.getpid()})" in sentence
     assert f"since {since} UTC, last heard of " in sentence
     assert seen()["since"] == since
     monkeypatch.setattr(lock, "TOKEN", "first")
@@ -147,7 +147,7 @@ def test_the_lock_of_a_killed_controller_is_free_at_once_and_its_owner_named(
     wait_until_free()
     said: list[str] = []
     held = HostLock.take(session, say=said.append)
-    who = f"{lock._who()} (process {process.pid}) since "
+    who = f"{lock.who()} (process {process.pid}) since "
     assert [who in sentence and "ended without finishing" in sentence for sentence in said] == [True]
     held.release()
     assert seen() == Controller.default()
@@ -229,7 +229,7 @@ def test_a_command_is_fenced_by_the_owner(
     done = session.run(stale)
     assert (done.exit_code, done.stdout) == (1, b"")
     assert done.stderr.startswith(
-        f"refused: {lock._who()} (process {os.getpid()}) took the lock over".encode()
+        f"refused: {lock.who()} (process {os.getpid()}) took the lock over".encode()
     )
     assert not mark.exists()
     monkeypatch.setattr(lock, "TOKEN", "first")
