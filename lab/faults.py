@@ -23,6 +23,7 @@ FULL = ("etc", "var", "usr")
 _ROOMY = "2g"
 
 # A container has no disk of its own: a copy of each directory in memory, moved over the one that is there.
+# systemd-logind has mounts of its own, with the old /etc: users made later are none to it.
 _PREPARE = """set -eu
 for name in "$@"; do
   ! mountpoint -q "/$name" || continue
@@ -33,6 +34,7 @@ done
 for name in "$@"; do
   ! mountpoint -q "/run/faults/$name" || mount --move "/run/faults/$name" "/$name"
 done
+systemctl try-restart systemd-logind.service
 """
 # Not a byte more than is used. What is written meanwhile would make the kernel refuse that size.
 _FILL = """set -eu
