@@ -16,7 +16,7 @@ from pathlib import Path
 from lab import engine as engines
 from lab import images, keys, network, public
 from lab.engine import LABEL, Engine
-from lab.process import LabError, run, say, step, wait_until
+from lab.process import LabError, Process, alive, identify, run, say, step, wait_until
 from lab.state import Run, Subnet, Target, write
 
 NAMES = {"trixie": "c13", "bookworm": "c12"}
@@ -125,7 +125,7 @@ def restart(run_: Run, target: Target) -> None:
 def snapshot(run_: Run, target: Target) -> None:
     """Keep the target's disk as it is now, containers in it included. One snapshot, the newest."""
     engine = _engine(run_)
-    _execute(engine, target, ["sync"])
+    _enter(_pid(engine, target), target, ["sync"])
     engine.docker("commit", f"--change=LABEL {LABEL}={run_.tag}", _container(target), _snapshot(run_, target))
     _remove_dangling(run_, engine)
 
@@ -165,12 +165,17 @@ def execute(
     input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in the target as root, past its sshd and its firewall: what the lab itself does."""
-    return _execute(_engine(run_), target, command, check=check, timeout=timeout, input=input)
+    return _enter(first_pid(run_, target), target, command, check=check, timeout=timeout, input=input)
 
 
 def first_pid(run_: Run, target: Target) -> int:
     """The process id that the target's systemd has on this machine. Raises LabError when it does not run."""
-    return _pid(_engine(run_), target)
+    known = _FIRST.get(_container(target))
+    return known.pid if known is not None and alive(known) else _pid(_engine(run_), target)
+
+
+# By container: asked many times a second, and Docker's client is a large program.
+_FIRST: dict[str, Process] = {}
 
 
 def _pid(engine: Engine, target: Target) -> int:
@@ -180,11 +185,12 @@ def _pid(engine: Engine, target: Target) -> int:
         raise LabError(
             f"{target.name} does not run.", hint="`python -m lab up` with the same target starts it."
         )
+    _FIRST[_container(target)] = identify(int(pid))
     return int(pid)
 
 
-def _execute(
-    engine: Engine,
+def _enter(
+    pid: int,
     target: Target,
     command: Sequence[str],
     *,
@@ -192,12 +198,11 @@ def _execute(
     timeout: float = 120,
     input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in the target.
+    """Run a command in the target, whose first process is `pid`.
 
     Not `docker exec`: where cgroup v1 and v2 are mixed it fails (EBUSY) as soon as a container ran inside,
     because it wants a process in a control group that by then hands out controllers.
     """
-    pid = _pid(engine, target)
     enter = ["nsenter", f"--target={pid}", "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"]
     # Nothing of this machine's environment belongs into the target.
     clean = ["env", "--ignore-environment", f"PATH={PATH}", "HOME=/root", "LC_ALL=C.UTF-8"]
@@ -331,7 +336,9 @@ def _boot(engine: Engine, target: Target) -> None:
     engine.docker("start", _container(target))
 
     def settled() -> str:
-        done = _execute(engine, target, ["systemctl", "is-system-running"], check=False, timeout=30)
+        done = _enter(
+            _pid(engine, target), target, ["systemctl", "is-system-running"], check=False, timeout=30
+        )
         word = done.stdout.strip()
         return word if word in ("running", "degraded") else ""
 
@@ -342,7 +349,9 @@ def _boot(engine: Engine, target: Target) -> None:
         hint=f"See: {shlex.join(engine.argv('logs', _container(target)))}",
     )
     if word == "degraded":
-        listed = _execute(engine, target, ["systemctl", "--failed", "--plain", "--no-legend"], check=False)
+        listed = _enter(
+            _pid(engine, target), target, ["systemctl", "--failed", "--plain", "--no-legend"], check=False
+        )
         failed = ", ".join(line.split()[0] for line in listed.stdout.splitlines() if line.strip())
         say(f"  {target.name} is up, with failed units: {failed}")
     # Docker may give it another MAC address after a restore; who remembers the old one waits in vain.
