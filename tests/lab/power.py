@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lab import targets, vm
-from tests.lab.onhost import CHANGE, CHANGED, ROLLBACK_S, OnHost, waited
+from tests.lab.onhost import CHANGE, CHANGED, OnHost, waited
 from tests.lab.story import reachable
 
 # An emulated machine needs half a minute to arm a guard and to change something.
 TIMEOUT_S, EMULATED_TIMEOUT_S = 20, 60
-# Emulated on a machine that does much else.
-BOOT_S = 300
+# Until a rollback is over, or a boot. Emulated on a machine that does much else, all takes its time.
+PATIENCE_S, EMULATED_PATIENCE_S = 120, 900
 ON_DISK = f"{CHANGE}; sync"
 # What is still at work when the power goes.
 AT_WORK = "/run/lab-at-work"
@@ -38,9 +38,19 @@ class Power:
     host: OnHost
 
     @property
+    def emulated(self) -> bool:
+        """Whether the VM is, for want of KVM."""
+        return self.host.target.detail["driver"] == "qemu"
+
+    @property
     def timeout_s(self) -> int:
         """Seconds of the guard."""
-        return EMULATED_TIMEOUT_S if self.host.target.detail["driver"] == "qemu" else TIMEOUT_S
+        return EMULATED_TIMEOUT_S if self.emulated else TIMEOUT_S
+
+    @property
+    def patience_s(self) -> int:
+        """Seconds after the guard's time in which everything must have come to its end."""
+        return EMULATED_PATIENCE_S if self.emulated else PATIENCE_S
 
     def run(self) -> Mapping[str, Ended]:
         """Every fault, one after the other."""
@@ -53,9 +63,9 @@ class Power:
             address = host.addresses()[0]
             wanted = fault(self)
             token = host.inside("cat /root/lab-token").strip()
-            end = host.end_of(token, within=self.timeout_s + ROLLBACK_S)
+            end = host.end_of(token, within=self.timeout_s + self.patience_s)
             assert (end["how"], end["why"]) == ("rolled back", wanted), end
-            host.comes_to_answer(address, within=BOOT_S)
+            host.comes_to_answer(address, within=self.patience_s)
             assert host.differs() == ""
             assert not reachable(host.target, host.places)
         except Exception as error:
@@ -97,10 +107,10 @@ class Power:
         waited(
             lambda: self.host.done(f"test -e {CHANGED}").returncode != 0,
             "the rollback began",
-            within=self.timeout_s + ROLLBACK_S,
+            within=self.timeout_s + self.patience_s,
             every=0.1,
         )
-        assert self.host.status()["armed"], "the control: it has not ended"
+        assert self.host.armed, "the control: it has not ended"
         self._off_and_on()
         return "boot"
 
@@ -109,9 +119,9 @@ class Power:
         host = self.host
         try:
             self._changed(f"date --set '{when}'; quietport guard exec $token -- sh -c '{ON_DISK}'")
-            assert host.status()["armed"], "the control: its time is not up"
-            wait = self.timeout_s + ROLLBACK_S
-            waited(lambda: host.status()["armed"] is None, "undone", within=wait, every=0.5)
+            assert host.armed, "the control: its time is not up"
+            wait = self.timeout_s + self.patience_s
+            waited(lambda: not host.armed, "undone", within=wait, every=0.5)
         finally:
             host.inside(f"date --utc --set @{time.time():.0f}")
         return "timeout"
