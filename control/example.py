@@ -29,6 +29,7 @@ _SAMPLES: dict[str, Any] = {
     "break_glass_cidrs": ["203.0.113.0/24", "2001:db8:7::/48"],
     "docker_repository": "https://download.docker.com/linux/debian",
     "docker_users": ["agent"],
+    "agent_known_hosts": ["git.example.org ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI"],
     "secrets": {"/etc/ai-ops-runner/secrets/openai_api_key": "env:OPENAI_API_KEY"},
 }
 _OWN = ("address", "hostname", "tailnet_address", "host_key")
