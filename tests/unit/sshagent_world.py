@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,10 @@ from quietport.sshagent.root import Root, open_root
 
 CHECKOUT = Path(__file__).parents[2]
 VARIABLE = "OPENCLAW_SSH_PRIVATE_KEY"
+# For what takes a moment, on a machine that has other things to do.
+PATIENCE_S = 120
+# A TTL that a start does not use up there, and that a test can wait for.
+SHORT_TTL_S = 6
 
 
 def make_key(path: Path, *, passphrase: str = "", comment: str = "canary") -> Path:
@@ -63,7 +67,7 @@ class World:
             env=self.env() if env is None else env,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
             **options,
         )
@@ -145,12 +149,14 @@ def gone_pid() -> int:
     return child.pid
 
 
-def wait_until(ready: Callable[[], object], *, seconds: float = 20) -> None:
+def wait_until(ready: Callable[[], object], *, seconds: float = PATIENCE_S) -> None:
     """Fails the test when `ready` does not come true in time."""
     deadline = time.monotonic() + seconds
+    pause = 0.01
     while not ready():
         assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(pause * 1.3, 0.2)
 
 
 def alive(pid: int) -> bool:
@@ -176,7 +182,3 @@ def script(folder: Path, name: str, text: str) -> Path:
     place.write_text(f"#!/bin/sh\n{text}\n")
     place.chmod(0o755)
     return place
-
-
-def quoted(argv: Sequence[str]) -> str:
-    return " ".join(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from quietport.sshagent.names import AgentAccessError
 from quietport.sshagent.process import Process
 from quietport.sshagent.prune import prune
 from quietport.sshagent.root import Root
-from tests.unit.sshagent_world import World, make_key
+from tests.unit.sshagent_world import PATIENCE_S, World, make_key, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 
@@ -146,7 +147,7 @@ def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> No
                 assert not any(words.get(name) == "PRUNED" for name in running)
                 pruned += sum(word == "PRUNED" for word in words.values())
     enough.touch()
-    swaps = int(swapper.communicate(timeout=30)[0])
+    swaps = int(swapper.communicate(timeout=PATIENCE_S)[0])
     assert (picture(victim), picture(lure)) == before
     # Positive controls: names were swapped, we did our work meanwhile, and were told lies.
     assert swaps > 100
@@ -181,8 +182,6 @@ def test_a_directory_swapped_between_look_and_removal_is_not_removed(
 
 
 def test_a_lock_that_is_never_released_is_one_sentence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
     record = world.fabricate()
     other = os.open(world.root, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
@@ -199,18 +198,14 @@ def test_a_lock_that_is_never_released_is_one_sentence(world: World, monkeypatch
 
 def test_the_agent_does_not_wait_for_a_lock(world: World) -> None:
     """An agent ends, whoever holds the lock."""
-    import fcntl
-
     make_key(world.key)
     process = world.start("--", "sh", "-c", "read go; exit 3", stdin=subprocess.PIPE)
-    from tests.unit.sshagent_world import wait_until
-
     wait_until(lambda: "key_loaded" in world.events())
     (place,) = (world.root / "sessions").glob("*/agent.env")
     other = os.open(world.root, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     try:
-        _, err = process.communicate("go\n", timeout=30)
+        _, err = process.communicate("go\n", timeout=PATIENCE_S)
     finally:
         os.close(other)
     assert (process.returncode, err.count("\n")) == (3, 1)
@@ -223,7 +218,7 @@ def test_the_agent_does_not_wait_for_a_lock(world: World) -> None:
 def in_a_namespace(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     """Run Python where mounts are nobody else's (unshare(1))."""
     argv = ["unshare", "--mount", "--propagation", "private", sys.executable, "-c", code, *words]
-    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
 
 
 DISK = """

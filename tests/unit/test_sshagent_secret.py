@@ -9,7 +9,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 
 from quietport.sshagent.key import checked
 from quietport.sshagent.names import AgentAccessError
-from tests.unit.sshagent_world import VARIABLE, World, make_key, script, wait_until
+from tests.unit.sshagent_world import PATIENCE_S, VARIABLE, World, make_key, script, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can look into a process that hides itself")
 
@@ -45,6 +44,11 @@ def family(pid: int) -> Iterator[int]:
     with contextlib.suppress(OSError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             yield from family(int(child))
+
+
+def names_of(pid: int) -> list[str]:
+    """The names of a process and all below it."""
+    return [Path(f"/proc/{one}/comm").read_text().strip() for one in family(pid)]
 
 
 def memory(pid: int) -> bytes:
@@ -76,9 +80,9 @@ def test_no_process_of_a_session_has_the_key(world: World, canaries: list[bytes]
     control = subprocess.Popen(["sleep", "60"], env=world.env())
     try:
         wait_until(lambda: "key_loaded" in world.events())
-        time.sleep(0.3)
+        wait_until(lambda: "sh" in names_of(process.pid))
         pids = list(family(process.pid))
-        names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in pids]
+        names = names_of(process.pid)
         assert "ssh-agent" in names
         assert len(pids) >= 5  # wrapper, watch, keeper, agent, witness, command
         for pid in pids:
@@ -97,7 +101,7 @@ def test_no_process_of_a_session_has_the_key(world: World, canaries: list[bytes]
     finally:
         control.kill()
         control.wait()
-        out, err = process.communicate("go\n", timeout=20)
+        out, err = process.communicate("go\n", timeout=PATIENCE_S)
     assert "canary (ED25519)" in out
     for place, data in files_in(world.root).items():
         assert not holds(data, canaries), place
@@ -192,7 +196,7 @@ def test_no_core_is_dumped(world: World, canaries: list[bytes]) -> None:
     if Path("/proc/sys/kernel/core_pattern").read_text().strip() not in ("core", "core.%p"):
         pytest.skip("core dumps go elsewhere here")
     control = subprocess.Popen(["sleep", "60"], env=world.env(), cwd=folder, preexec_fn=unlimited)
-    time.sleep(0.2)
+    wait_until(lambda: Path(f"/proc/{control.pid}/comm").read_text() == "sleep\n")
     control.send_signal(signal.SIGSEGV)
     control.wait()
     dumped = list(folder.iterdir())
@@ -206,9 +210,9 @@ def test_no_core_is_dumped(world: World, canaries: list[bytes]) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "unlimited\n"  # the command has its own limit
     process.send_signal(signal.SIGSEGV)
-    process.wait(20)
+    process.wait(PATIENCE_S)
     assert not list(folder.iterdir())
-    process.communicate("", timeout=20)
+    process.communicate("", timeout=PATIENCE_S)
 
 
 def test_isolated_python_is_how_it_runs() -> None:
@@ -224,7 +228,9 @@ def test_isolated_python_is_how_it_runs() -> None:
 def test_kinds_of_keys(tmp_path: Path, kind: tuple[str, str]) -> None:
     for passphrase in ("", "secret"):
         place = tmp_path / f"k{passphrase}"
-        argv = ["ssh-keygen", "-q", "-t", kind[0], "-m", kind[1], "-N", passphrase, "-f", str(place)]
+        # The size of RSA keys is of no matter here, and the time that a large one takes is.
+        size = ["-b", "2048"] if kind[0] == "rsa" else []
+        argv = ["ssh-keygen", "-q", "-t", kind[0], *size, "-m", kind[1], "-N", passphrase, "-f", str(place)]
         subprocess.run(argv, check=True)
         data = place.read_bytes()
         if passphrase:

@@ -11,14 +11,22 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from control.zipapp import build
-from tests.unit.sshagent_world import VARIABLE, World, alive, make_key, script, wait_until
+from tests.unit.sshagent_world import (
+    PATIENCE_S,
+    SHORT_TTL_S,
+    VARIABLE,
+    World,
+    alive,
+    make_key,
+    script,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="module", name="key")
@@ -110,24 +118,20 @@ def test_the_key_may_come_on_a_descriptor_and_under_another_name(world: World) -
 
 
 def test_the_ttl_ends_the_agent_and_not_the_command(world: World) -> None:
-    began = time.monotonic()
-    # ssh-agent counts whole seconds: a key of 1 second may be gone at once.
-    code = "ssh-add -l >/dev/null || exit 9; sleep 2.5; ssh-add -l; exit 5"
-    done = world.run("--ttl", "2", "--", "sh", "-c", code)
-    assert (done.returncode, done.stdout) == (5, "")
-    ours = [line for line in done.stderr.splitlines() if line.startswith("codex-openclaw-ssh-agent:")]
-    assert len(ours) == 1
-    assert "has reached its TTL of 2s" in ours[0]
-    assert time.monotonic() - began < 10
+    over = f"until grep -q expired {world.root}/audit.jsonl; do sleep 0.2; done"
+    code = f"ssh-add -l >/dev/null || exit 9; {over}; ssh-add -l 2>&1; exit 5"
+    done = world.run("--ttl", str(SHORT_TTL_S), "--", "sh", "-c", code)
+    assert (done.returncode, "No such file" in done.stdout) == (5, True)
+    assert done.stderr.count("\n") == 1
+    assert f"has reached its TTL of {SHORT_TTL_S}s: its keys and its agent are gone" in done.stderr
     session = world.only()
     assert (session["status"], session["exit_reason"], session["exit_status"]) == ("expired", "ttl", 5)
-    assert session["duration_s"] == pytest.approx(2, abs=0.01)
+    assert session["duration_s"] == pytest.approx(SHORT_TTL_S, abs=0.01)
     assert world.events() == ["created", "key_loaded", "expired"]
 
 
 def test_stop_ends_the_agent_and_not_the_command(world: World) -> None:
-    go = world.folder / "go"
-    process = world.start("--", "sh", "-c", f"while ! test -e {go}; do sleep 0.05; done; ssh-add -l; exit 6")
+    process = world.start("--", "sh", "-c", "read go; ssh-add -l; exit 6", stdin=subprocess.PIPE)
     wait_until(lambda: "key_loaded" in world.events())
     session = world.only()
     assert session["status"] == "active"
@@ -135,8 +139,7 @@ def test_stop_ends_the_agent_and_not_the_command(world: World) -> None:
     assert (done.returncode, done.stdout) == (0, f"STOPPED {session['id']}\n")
     assert world.run("--stop", session["id"]).stdout == f"ALREADY_ENDED {session['id']}\n"
     assert world.only()["exit_reason"] == "stop-requested"
-    go.touch()
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate("go\n", timeout=PATIENCE_S)
     assert (process.returncode, out) == (6, "")
     assert "was stopped: its keys and its agent are gone; the command goes on." in err
     assert world.only()["exit_status"] == 6
@@ -246,36 +249,37 @@ def test_a_runtime_root_too_long_for_a_socket(world: World) -> None:
 
 
 COUNT = """
-import os, signal, sys, time
-seen = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH):
-    signal.signal(number, lambda n, _: seen.append(signal.Signals(n).name))
+import os, signal
+wanted = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT, signal.SIGWINCH,
+          signal.SIGRTMIN + 5}
+signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
 print("ready", os.getpid(), os.getpgid(0), flush=True)
-while not os.path.exists(sys.argv[1]):
-    time.sleep(0.02)
-print(" ".join(sorted(seen)), flush=True)
+number = 0
+while number != signal.SIGRTMIN + 5:
+    number = signal.sigwaitinfo(wanted).si_signo
+    print(number, flush=True)
 """
 
 
 def test_a_signal_reaches_the_command_once_however_it_was_sent(world: World) -> None:
-    go = world.folder / "go"
-    process = world.start("--", sys.executable, "-c", COUNT, str(go), start_new_session=True)
+    process = world.start("--", sys.executable, "-c", COUNT, start_new_session=True)
     assert process.stdout is not None
     _, pid, group = process.stdout.readline().split()
     assert int(group) == process.pid  # the group of its caller
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGUSR1)
-    os.killpg(process.pid, signal.SIGINT)
-    os.kill(int(pid), signal.SIGQUIT)
-    os.kill(process.pid, signal.SIGHUP)
-    for _ in range(8):  # one that came twice at once would be one
-        time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGWINCH)
-    time.sleep(0.3)
-    go.touch()
-    expected = ["SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", *["SIGWINCH"] * 8]
-    assert process.stdout.read().split() == expected
-    assert process.wait(20) == 0
+    to_wrapper, to_command, to_all = process.pid, int(pid), -process.pid
+    sent = [
+        (to_wrapper, signal.SIGTERM), (to_wrapper, signal.SIGUSR1), (to_all, signal.SIGINT),
+        (to_command, signal.SIGQUIT), (to_wrapper, signal.SIGHUP), *[(to_all, signal.SIGWINCH)] * 8,
+    ]  # fmt: skip
+    for receiver, number in sent:
+        os.kill(receiver, number)
+        # One that comes twice is read as the next.
+        assert int(process.stdout.readline()) == number
+    # The wrapper takes what is waiting by number, the least first (signal(7)): this is the last it passes on.
+    last = signal.SIGRTMIN + 5
+    os.kill(to_wrapper, last)
+    assert process.stdout.read().split() == [str(int(last))]
+    assert process.wait(PATIENCE_S) == 0
 
 
 def test_signals_that_the_caller_ignores_stay_ignored(world: World) -> None:
@@ -381,13 +385,16 @@ def test_a_pipeline_keeps_its_terminal(world: World) -> None:
     terminal = Terminal(world)
     try:
         # `read` in the other half of the pipeline would be stopped were the terminal given to the command.
-        program = " ".join(world.argv("--", "sh", "-c", "'echo up; sleep 1'"))
+        go = world.folder / "go"
+        program = " ".join(world.argv("--", "sh", "-c", f"'echo up; until test -e {go}; do sleep 0.1; done'"))
         terminal.type("stty -echo\n")
         terminal.expect("$ ")
         terminal.type(f"{program} | (read up; echo $up; read x </dev/tty; echo read=$x)\n")
         terminal.expect("up")
         terminal.type("word\n")
         terminal.expect("read=word")
+        go.touch()
+        terminal.expect("$ ")
     finally:
         terminal.close()
 
@@ -421,34 +428,53 @@ def test_without_a_command_it_is_the_user_s_shell(world: World) -> None:
         assert done.stdout.splitlines()[-1] == pwd.getpwuid(os.getuid()).pw_shell
 
 
-def test_an_upgrade_does_not_disturb_a_session_that_runs(world: World) -> None:
+@pytest.mark.parametrize("way", ["ttl", "command", "stop", "killed agent"])
+def test_an_upgrade_does_not_disturb_a_session_that_runs(world: World, way: str) -> None:
     program = world.folder / "quietport.pyz"
     program.write_bytes(build())
-    go = world.folder / "go"
-    argv = [sys.executable, "-I", str(program), "ssh-agent", "--runtime-root", str(world.root), "--ttl", "2"]
-    code = f"while ! test -e {go}; do sleep 0.05; done; exit 4"
+    argv = [sys.executable, "-I", str(program), "ssh-agent", "--runtime-root", str(world.root)]
+    ttl = str(SHORT_TTL_S if way == "ttl" else 600)
     process = subprocess.Popen(
-        [*argv, "--", "sh", "-c", code], env=world.env(), stderr=subprocess.PIPE, text=True
-    )
+        [*argv, "--ttl", ttl, "--", "sh", "-c", "read go; exit 4"], env=world.env(), stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     wait_until(lambda: "key_loaded" in world.events())
+    # In place, and as a converge does it, by a rename.
     program.write_bytes(b"nothing Python could read")
-    wait_until(lambda: "expired" in world.events())
-    go.touch()
-    _, err = process.communicate(timeout=20)
-    assert (process.returncode, err.count("\n")) == (4, 1)
-    assert "has reached its TTL" in err
+    (world.folder / "new").write_bytes(b"nor this")
+    (world.folder / "new").rename(program)
+    name = world.only()["id"]
+    if way == "stop":  # by the new version
+        assert world.run("--stop", name).stdout == f"STOPPED {name}\n"
+    elif way == "killed agent":
+        (environment,) = (world.root / "sessions").glob("*/agent.env")
+        os.kill(int(environment.read_text().split("PID=")[1]), signal.SIGKILL)
+    events, reason, sentence = {
+        "ttl": ("expired", "ttl", "has reached its TTL"),
+        "command": ("stopped", "command-ended", ""),
+        "stop": ("stopped", "stop-requested", "was stopped"),
+        "killed agent": ("crashed", "agent-died", "lost its agent"),
+    }[way]
+    if way != "command":
+        wait_until(lambda: events in world.events())
+    _, err = process.communicate("go\n", timeout=PATIENCE_S)
+    assert (process.returncode, err.count("\n")) == (4, 1 if sentence else 0)
+    assert sentence in err
     session = world.only()
-    assert (session["status"], session["exit_status"]) == ("expired", 4)
+    assert (session["status"], session["exit_reason"], session["exit_status"]) == (events, reason, 4)
+    assert world.run("--prune").stdout == f"PRUNED {name}\n"
 
 
 def test_a_session_that_was_pruned_while_its_command_goes_on(world: World) -> None:
-    process = world.start("--ttl", "2", "--", "sh", "-c", "read go; exit 7", stdin=subprocess.PIPE)
-    wait_until(lambda: "expired" in world.events())
-    wait_until(lambda: world.run("--prune").stdout.startswith("PRUNED "))
-    _, err = process.communicate("go\n", timeout=20)
+    process = world.start("--", "sh", "-c", "read go; exit 7", stdin=subprocess.PIPE)
+    wait_until(lambda: "key_loaded" in world.events())
+    name = world.only()["id"]
+    assert world.run("--stop", name).stdout == f"STOPPED {name}\n"
+    assert world.run("--prune").stdout == f"PRUNED {name}\n"
+    _, err = process.communicate("go\n", timeout=PATIENCE_S)
     assert (process.returncode, err.count("\n")) == (7, 1)
     assert world.listed() == []
-    assert world.events() == ["created", "key_loaded", "expired", "pruned"]
+    assert world.events() == ["created", "key_loaded", "stopped", "pruned"]
 
 
 def test_a_session_whose_files_somebody_took(world: World) -> None:
@@ -457,7 +483,7 @@ def test_a_session_whose_files_somebody_took(world: World) -> None:
     (place,) = (world.root / "sessions").iterdir()
     agent = int((place / "agent.env").read_text().split("PID=")[1])
     place.rename(world.folder / "taken")
-    _, err = process.communicate("go\n", timeout=20)
+    _, err = process.communicate("go\n", timeout=PATIENCE_S)
     assert (process.returncode, err.count("\n")) == (7, 1)
     assert "is not as this program left it" in err
     assert not alive(agent)
@@ -466,10 +492,14 @@ def test_a_session_whose_files_somebody_took(world: World) -> None:
 
 def test_an_interrupt_while_the_key_is_awaited(world: World) -> None:
     process = world.start("--key-fd", "0", "--", "true", stdin=subprocess.PIPE)
-    wait_until(lambda: "S (sleeping)" in Path(f"/proc/{process.pid}/status").read_text())
-    time.sleep(0.3)
+    assert process.stdin is not None
+    process.stdin.write("-----BEGIN")
+    process.stdin.flush()
+    # Once that is gone from the pipe, it waits for more.
+    pipe = process.stdin.fileno()
+    wait_until(lambda: fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)) == bytes(4))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (130, "", "")
     assert not world.root.exists()
 
@@ -544,16 +574,14 @@ def test_versions_are_told_apart(world: World) -> None:
 
 
 def test_an_agent_that_dies_is_a_crash(world: World) -> None:
-    go = world.folder / "go"
-    process = world.start("--", "sh", "-c", f"while ! test -e {go}; do sleep 0.05; done")
+    process = world.start("--", "sh", "-c", "read go", stdin=subprocess.PIPE)
     wait_until(lambda: "key_loaded" in world.events())
     (environment,) = (world.root / "sessions").glob("*/agent.env")
     agent = int(environment.read_text().split("SSH_AGENT_PID=")[1])
     assert alive(agent)
     os.kill(agent, signal.SIGKILL)
     wait_until(lambda: "crashed" in world.events())
-    go.touch()
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate("go\n", timeout=PATIENCE_S)
     assert (process.returncode, "lost its agent" in err) == (0, True)
     assert world.only()["exit_reason"] == "agent-died"
     assert world.events() == ["created", "key_loaded", "crashed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from control.zipapp import build
-from tests.unit.sshagent_world import make_key
+from tests.unit.sshagent_world import PATIENCE_S, make_key
 
 PYTHON = "/usr/bin/python3"
 # An id that no account has; the kernel does not ask for one.
@@ -35,7 +35,7 @@ $program -- sh -c "
     $program --stop \$CODEX_OPENCLAW_SSH_AGENT_SESSION | cut -d\" \" -f1
     $program --list | sed -n \"s/.* \(stopped\) .*/\1/p\"
     kill -TERM \$PPID
-    sleep 1
+    exec sleep 60
 "
 echo rc=$?
 $program --prune | cut -d" " -f1
@@ -71,7 +71,7 @@ def test_a_session_of_a_user_who_is_not_root(place: Path, hidepid: str) -> None:
     env = {**os.environ, "UID": UID, "PLACE": str(place), "PYTHON": PYTHON, "HIDEPID": hidepid}
     # bash keeps UID for itself.
     argv = ["unshare", "--mount", "--propagation", "private", "dash", "-c", SCRIPT]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     shown = "not-shown" if hidepid == "2" else "shown"
     assert done.stdout.split() == [
         "canary", "hidden", shown, "active", "SKIP_ACTIVE", "STOPPED", "stopped", "rc=143", "PRUNED", "1",
