@@ -46,6 +46,8 @@ GRACE_S = 60
 # What a converge takes until its risky part, on a machine that does much else.
 RUN_TIMEOUT_S = 240
 SHORT_CUT_S = 8.0
+# Of a round whose moment did not come, on a machine that does much else.
+TRIES = 4
 ARM_HEADING = "firewall: denied but for the tailnet"
 DEFAULT_FAULTS = 36
 DEFAULT_SEED = 5
@@ -87,6 +89,10 @@ if [ -e {_ARMED} ]; then /usr/local/sbin/quietport guard rollback >/dev/null || 
 systemctl reset-failed
 systemctl start tailscaled
 """
+
+
+class TooSlow(AssertionError):
+    """The guard's time was over before the moment of the fault."""
 
 
 @dataclass
@@ -321,11 +327,17 @@ class Bench:
         result = Result(one)
         began = time.monotonic()
         try:
-            self.back()
-            if one.kind.turn == 2 and self.disk is None:
-                self.disk = faults.Disk(self.lab.run, self.target)
-                self.disk.prepare()
-            self._round(one, result)
+            for left in reversed(range(TRIES)):
+                self.back()
+                if one.kind.turn == 2 and self.disk is None:
+                    self.disk = faults.Disk(self.lab.run, self.target)
+                    self.disk.prepare()
+                try:
+                    self._round(one, result)
+                    break
+                except TooSlow:
+                    if not left:
+                        raise
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             result.failures.append(f"{type(error).__name__} in {last.name}: {str(error)[-2000:]}")
@@ -407,7 +419,10 @@ class Bench:
 
         def wait(happened: Callable[[], bool], what: str) -> None:
             if not watch.wait(lambda: happened() or not run.running, timeout=RUN_TIMEOUT_S) or not happened():
-                raise AssertionError(f"the run did not get to {what}: {plain(run.text)[-1500:]}")
+                # The fault was not thrown: the host was slower than its guard is patient.
+                slow = watch.armed_at is not None and run.wait_for_text(UNDONE.partition(" ")[2], timeout=5)
+                kind = TooSlow if slow else AssertionError
+                raise kind(f"the run did not get to {what}: {plain(run.text)[-1500:]}")
 
         if one.moment == "before arm":
             if not run.wait_for_name(ARM_HEADING, timeout=RUN_TIMEOUT_S):

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.conftest import Stories
 from tests.lab.onhost import OnHost
 from tests.lab.story import Hosts
-from tests.lab.tale import Tale
 
+# The tale: its hosts stay when one of these tests fails.
+pytestmark = [pytest.mark.container, pytest.mark.usefixtures("tale")]
 TOLD_BY = ("fleet",)
 HERE, SECOND, THIRD = "c13", "c12", "c13-third"
 KEY = "/root/agent-key"
@@ -63,10 +65,8 @@ class Party:
 
 
 @pytest.fixture(scope="module")
-def party(
-    request: pytest.FixtureRequest, stories: object, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Party]:
-    tale: Tale = stories.told["fleet"]  # type: ignore[attr-defined]
+def party(story: str, stories: Stories, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Party]:
+    tale = stories.told[story]
     tale.chapters["spec again"]
     lab = tale.lab
     lab.up(kind="container", distro="trixie", name=THIRD)
