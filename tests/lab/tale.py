@@ -21,6 +21,7 @@ from tests.lab.story import (
     Hosts,
     Lab,
     Place,
+    in_test_all,
     reachable,
 )
 
@@ -117,7 +118,7 @@ def tell(word: str, wanted: Sequence[Wanted]) -> Tale:
             ("closed", tale.public_side),
             ("spec", lambda: tale.hosts.spec()),
             ("again", lambda: tale.hosts.apply()),
-            *([("power", tale.power)] if word == OF_POWER else []),
+            *([("power", tale.power)] if in_test_all() and word == OF_POWER else []),
             ("publish", tale.publish),
             ("restart", tale.restart),
             ("closed again", tale.public_side),
