@@ -77,6 +77,7 @@ docs-table: venv
 bench: venv
 	@$(PYTHON3) -m lab.bootstrap lab --target container
 	@env -u QUIETPORT_HOSTS $(PY) -m bench.fleet --hosts $(or $(HOSTS),10)
+	@$(PY) -m bench.agent_access --append docs/benchmarks.md
 
 # Names the lab's hosts file, or fails: `QUIETPORT_HOSTS=$$(make -s lab-hosts) pyinfra inventory ...`
 lab-hosts: venv

@@ -1,6 +1,6 @@
 """What a session of agent access costs over bare ssh-agent and ssh-add, and listing very many sessions.
 
-    python -m bench.agent_access [--rounds N] [--sessions N] [--python FILE] [--output FILE]
+    python -m bench.agent_access [--rounds N] [--sessions N] [--python FILE] [--output FILE] [--append PAGE]
 
 Start-to-command is the time from starting the program (the zipapp, with `python3 -I`) to the first byte of
 the command; bare is a shell that starts ssh-agent, loads the same key with ssh-add and runs the same command.
@@ -179,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sessions", type=int, default=10_000)
     parser.add_argument("--python", default="/usr/bin/python3", metavar="FILE")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--append", type=Path, metavar="PAGE", help="add the table to this page of the docs")
     options = parser.parse_args(argv)
     if options.rounds < 2 or options.sessions < 1:
         parser.error("--rounds must be at least 2, --sessions at least 1")
@@ -189,7 +190,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = document_of(start, listed, rounds=options.rounds, python=options.python, load=load)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(text_of(document))
+    text = text_of(document)
+    if options.append:
+        with options.append.open("a") as page:
+            page.write(f"\n## A session of agent access against bare ssh-agent and ssh-add\n\n{text}")
+    print(text)
     return 0
 
 
