@@ -4,6 +4,7 @@ It stays in the process group of its caller, so terminal, pipeline and job contr
 without a wrapper: what the terminal sends goes to the whole group and is not sent on; what is sent to the
 wrapper alone is. Which of the two a kill(2) was, the witness tells: a process in the same group that does
 nothing but report the signals it gets. When the command stops, the wrapper stops itself by the same signal.
+Whoever lets the command go on, or kills it, may not know of the wrapper: a waker lets that go on too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from quietport.sshagent.process import die_with_parent
@@ -31,6 +33,10 @@ _PROBE = signal.SIGRTMAX
 _GROUP_S = 0.002
 # The witness answers at once, unless the machine is very busy or it was stopped.
 _ANSWER_S = 1.0
+# How soon after its command a stopped wrapper goes on: often at first, then seldom.
+_WAKE_S, _WAKE_SELDOM_S = 0.02, 0.5
+# By a signal, or by a debugger (proc(5)).
+_STOPPED = ("T", "t")
 _REPORT = struct.Struct("=ii")
 
 
@@ -187,10 +193,7 @@ class Witness:
 
 def _report_signals(writer: int, wrapper: int) -> NoReturn:
     try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
-        close_above(2, keep=(writer,))
+        _leave_descriptors(keep=(writer,))
         die_with_parent(wrapper, signal.SIGKILL)
         os.set_blocking(writer, False)
         while True:
@@ -202,6 +205,14 @@ def _report_signals(writer: int, wrapper: int) -> NoReturn:
         os._exit(0)
 
 
+def _leave_descriptors(*, keep: Sequence[int] = ()) -> None:
+    """Hold nothing open that others wait for the end of."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    close_above(2, keep=keep)
+
+
 @dataclass
 class Job:
     """A command that runs. `ended` is told the PID and the wait status of every other child that ends."""
@@ -209,6 +220,7 @@ class Job:
     command: int
     witness: Witness
     ended: Callable[[int, int], None]
+    _waker: int = 0
 
     def wait(self) -> int:
         """Do what a wrapper has to until the command ends; returns its exit code, negative for a signal."""
@@ -218,16 +230,20 @@ class Job:
                 code = self._children()
                 if code is not None:
                     return code
-            elif self._is_for_the_command(info):
-                with suppress(OSError):
-                    os.kill(self.command, info.si_signo)
+            else:
+                self._pass_on(info)
+
+    def _pass_on(self, info: signal.struct_siginfo) -> None:
+        if self._is_for_the_command(info):
+            with suppress(OSError):
+                os.kill(self.command, info.si_signo)
 
     def _is_for_the_command(self, info: signal.struct_siginfo) -> bool:
         number = info.si_signo
         if info.si_code > 0:
             # A terminal tells the whole group, but of its end only the leader of the session.
             return number in (signal.SIGHUP, signal.SIGCONT) and os.getsid(0) == os.getpid()
-        if info.si_pid == os.getpid():
+        if info.si_pid in (os.getpid(), self._waker):
             return False
         return not self.witness.saw(number, info.si_pid)
 
@@ -243,22 +259,72 @@ class Job:
                 if not os.WIFSTOPPED(status):
                     self.ended(pid, status)
             elif os.WIFSTOPPED(status):
-                _stop(os.WSTOPSIG(status))
+                self._stop(os.WSTOPSIG(status))
             else:
                 return os.waitstatus_to_exitcode(status)
 
+    def _stop(self, number: int) -> None:
+        """Stop like the command did, until both go on."""
+        self._waker = _start_waker(self.command)
+        before = signal.getsignal(number)
+        if number != signal.SIGSTOP:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            # Asked last: a SIGCONT that waits is lost when a stop comes (signal(7)).
+            if not self._just_continued():
+                os.kill(os.getpid(), number)
+                # Unblocked it stops us here, and the next line is for after that.
+                if number != signal.SIGSTOP:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+                    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+        finally:
+            if number != signal.SIGSTOP:
+                signal.signal(number, before)
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._waker, signal.SIGKILL)
+                os.waitpid(self._waker, 0)
+        # At once: it belongs to this stop, and would undo the next.
+        self._pass_on_continue()
 
-def _stop(number: int) -> None:
-    """Stop like the command did, until somebody lets both go on."""
-    if signal.SIGCONT in signal.sigpending():
-        return  # somebody just did
-    if number == signal.SIGSTOP:
-        os.kill(os.getpid(), number)
-        return
-    before = signal.getsignal(number)
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    # Unblocked it stops us here, and the next line is for after that.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
-    signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    signal.signal(number, before)
+    def _just_continued(self) -> bool:
+        """Whether a SIGCONT was waiting for us, and the command runs again: it may be of an earlier stop."""
+        return self._pass_on_continue() and _state(self.command) not in _STOPPED
+
+    def _pass_on_continue(self) -> bool:
+        info = signal.sigtimedwait({signal.SIGCONT}, 0)
+        if info is not None:
+            self._pass_on(info)
+        return info is not None
+
+
+def _start_waker(command: int) -> int:
+    """A child that continues us when we are stopped and `command` is not; returns its PID.
+
+    A signal that the kernel gave us in between, a SIGCONT for the command alone, a SIGKILL for it: of none of
+    these does a stopped process hear.
+    """
+    wrapper = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()  # what stops the whole group again does not stop it
+        _leave_descriptors()
+        die_with_parent(wrapper, signal.SIGKILL)
+        pause = _WAKE_S
+        while True:
+            time.sleep(pause)
+            pause = min(pause * 1.5, _WAKE_SELDOM_S)
+            # What /proc does not show (hidepid, proc(5)) is left as it is.
+            if _state(wrapper) == "T" and _state(command) not in ("", *_STOPPED):
+                os.kill(wrapper, signal.SIGCONT)
+    finally:
+        os._exit(0)
+
+
+def _state(pid: int) -> str:
+    """As in /proc/PID/stat (proc(5)): T is stopped, Z a zombie; "" when it is not shown."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

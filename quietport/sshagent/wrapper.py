@@ -123,6 +123,9 @@ class _Run:
         status = code if code >= 0 else 128 - code
         if self.record.ended:
             self._exited(status)
+        elif boottime() >= self.record.deadline_s:
+            # The watch is about to say so, and whoever lists it in this moment does.
+            self._finish("expired", "ttl", status)
         else:
             self._finish("stopped", "command-ended" if code >= 0 else "command-killed", status)
         return status

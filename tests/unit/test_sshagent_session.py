@@ -296,6 +296,57 @@ def test_signals_that_the_caller_ignores_stay_ignored(world: World) -> None:
     assert wrapped & ~bare == 1 << (signal.SIGHUP - 1)
 
 
+STOPS = """
+import os, signal, sys
+print(os.getpid(), flush=True)
+for line in sys.stdin:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    print("on", flush=True)
+"""
+
+
+def state_of(pid: int) -> str:
+    """T is stopped (proc(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.parametrize("who", ["group", "wrapper", "command"])
+def test_a_command_that_stops_and_its_wrapper_go_on_together(world: World, who: str) -> None:
+    """Whomever the SIGCONT is for, and also when it comes while the wrapper is about to stop."""
+    process = world.start("--", sys.executable, "-c", STOPS, start_new_session=True, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    command = int(process.stdout.readline())
+    receiver = {"group": -process.pid, "wrapper": process.pid, "command": command}[who]
+    for number in range(8):
+        process.stdin.write("stop\n")
+        process.stdin.flush()
+        wait_until(lambda: state_of(command) == "T")
+        # The others at once. One for the wrapper alone would be lost in the moment when that stops.
+        if who == "wrapper" or number % 2:
+            wait_until(lambda: state_of(process.pid) == "T")
+        os.kill(receiver, signal.SIGCONT)
+        assert process.stdout.readline() == "on\n"
+        wait_until(lambda: state_of(process.pid) != "T")
+    process.communicate("", timeout=PATIENCE_S)
+    assert process.returncode == 0
+    assert world.only()["exit_reason"] == "command-ended"
+
+
+def test_a_command_that_is_killed_while_it_is_stopped(world: World) -> None:
+    process = world.start("--", sys.executable, "-c", STOPS, start_new_session=True, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    command = int(process.stdout.readline())
+    process.stdin.write("stop\n")
+    process.stdin.flush()
+    wait_until(lambda: state_of(process.pid) == "T")
+    os.kill(command, signal.SIGKILL)
+    process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 137
+    assert world.only()["exit_reason"] == "command-killed"
+
+
 class Terminal:
     """A terminal with an interactive shell, as a person has one."""
 
