@@ -268,6 +268,10 @@ else:
     code, out, err = run("--list")
     print((code, "stopped" in out, err))
     print(run("--prune")[0])
+    # There was never a root.
+    root = folder + "/none"
+    argv[-1] = root
+    print(run("--", "echo", "never"), os.path.exists(root))
 """
 
 
@@ -292,7 +296,10 @@ def test_a_disk_that_cannot_be_written(world: World, kind: str) -> None:
     else:
         assert lines[1].startswith("(125, '', 'codex-openclaw-ssh-agent: ")
         assert "Read-only file system" in lines[1]
-        assert lines[2:] == ["(0, True, '')", "125"]
+        assert lines[2:4] == ["(0, True, '')", "125"]
+        assert lines[4].startswith("(125, '', 'codex-openclaw-ssh-agent: ")
+        assert "none cannot be made: Read-only file system" in lines[4]
+        assert lines[4].endswith(" False")
 
 
 def test_a_root_others_prepared_is_refused_by_the_program(world: World) -> None:

@@ -9,11 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from quietport.sshagent.names import now, stamp
+from quietport.sshagent.prune import prune
+from quietport.sshagent.record import Record
+from quietport.sshagent.root import Root, locked
+from quietport.sshagent.sessions import end, everything
 from tests.unit.sshagent_world import (
     PATIENCE_S,
     SHORT_TTL_S,
@@ -242,6 +249,81 @@ def cmdline(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+# What is on the disk changes with these alone.
+CALLS = ("open", "write", "rename", "mkdir", "unlink", "rmdir", "fsync", "fdatasync")
+
+
+def killed_at(call: int, do: Callable[[], object]) -> bool:
+    """Do it in a child that is killed just before the `call`th call of CALLS; whether it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left = [call]
+
+            def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+                def one(*words: Any, **more: Any) -> Any:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*words, **more)
+
+                return one
+
+            for name in CALLS:
+                setattr(os, name, counted(getattr(os, name)))
+            do()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def is_whole(world: World) -> None:
+    """What a kill left can be listed, is told once, and is gone after a prune."""
+    found = world.opened()
+    try:
+        sessions, problem = everything(found)
+        assert problem == ""
+        assert {one.status for one in sessions} <= {"crashed", "stopped"}
+        assert [verdict.word for verdict in prune(found, dry=False)] == ["PRUNED"] * len(sessions)
+    finally:
+        found.close()
+    assert not list((world.root / "sessions").iterdir())
+    assert not list((world.root / "staging").iterdir())
+    told = [(one.event, one.id) for one in world.trail().events]
+    assert len(told) == len(set(told))
+    ids = {name for event, name in told if event == "created"}
+    ends = [name for event, name in told if event in ("crashed", "stopped")]
+    assert sorted(ends) == sorted(ids)  # one end each
+
+
+@pytest.mark.parametrize("step", ["publish", "end", "list", "prune"])
+def test_killed_before_every_call_that_touches_files(world: World, step: str) -> None:
+    call = 0
+    while True:
+        over = {"status": "stopped", "exit_reason": "command-ended", "ended_at": stamp(now())}
+        record = None if step == "publish" else world.fabricate()
+        root = world.opened()
+
+        def do(root: Root = root, record: Record | None = record, over: dict[str, str] = over) -> None:
+            if record is None:
+                world.fabricate()
+            elif step == "end":
+                with locked(root):
+                    end(root, replace(record, **over))  # type: ignore[arg-type]
+            elif step == "list":
+                everything(root)
+            else:
+                list(prune(root, dry=False))
+
+        killed = killed_at(call, do)
+        root.close()
+        is_whole(world)
+        if not killed:
+            break
+        call += 1
+    assert call > 10  # the positive control: it was killed, at one call after the other
 
 
 def test_sixty_four_starts_at_once(world: World) -> None:

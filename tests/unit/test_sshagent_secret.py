@@ -184,6 +184,23 @@ def test_the_key_variable_goes_also_when_the_key_came_otherwise(world: World) ->
     assert done.stdout.splitlines()[-1] == bare.stdout.splitlines()[-1]
 
 
+def test_the_command_and_its_arguments_are_in_no_file(world: World) -> None:
+    words = ("canary-of-an-argument", "second-canary")
+    process = world.start("--", "sh", "-c", "read go; exit 3", *words, stdin=subprocess.PIPE)
+    wait_until(lambda: "key_loaded" in world.events())
+    wait_until(lambda: "sh" in names_of(process.pid))
+    shown = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in family(process.pid))
+    while_it_runs = files_in(world.root)
+    process.communicate("go\n", timeout=PATIENCE_S)
+    assert world.run("--prune", "--dry-run").returncode == 0
+    assert world.events() == ["created", "key_loaded", "stopped"]  # files were written
+    for word in words:
+        assert word.encode() in shown  # the positive control: it is an argument
+        for found in (while_it_runs, files_in(world.root)):
+            assert len(found) >= 3
+            assert not any(word.encode() in data for data in found.values())
+
+
 def test_no_core_is_dumped(world: World, canaries: list[bytes]) -> None:
     folder = world.folder / "cores"
     folder.mkdir()

@@ -82,9 +82,14 @@ def test_a_session_from_its_start_to_its_end(world: World) -> None:
                         (folder / "agent.env", 0o600), (world.root / "audit.jsonl", 0o600)):  # fmt: skip
         assert place.stat().st_mode & 0o7777 == mode
     assert not list((world.root / "sockets").iterdir())
-    assert world.run("--prune", "--dry-run").stdout == f"WOULD_PRUNE {session['id']}\n"
+    # None of these needs the key.
+    bare = {name: value for name, value in world.env().items() if name != VARIABLE}
+    assert session["id"] in world.run("--list", env=bare).stdout
+    assert world.run("--stop", session["id"], env=bare).stdout == f"ALREADY_ENDED {session['id']}\n"
+    dry = world.run("--prune", "--dry-run", env=bare)
+    assert (dry.returncode, dry.stdout) == (0, f"WOULD_PRUNE {session['id']}\n")
     assert folder.is_dir()
-    assert world.run("--prune").stdout == f"PRUNED {session['id']}\n"
+    assert world.run("--prune", env=bare).stdout == f"PRUNED {session['id']}\n"
     assert left_behind(world) == []
     assert world.events()[-1] == "pruned"
 

@@ -314,6 +314,9 @@ def test_what_is_wrong_with_a_session_has_a_name(world: World) -> None:
     kept = set(before) - gone
     assert kept <= set(snapshot(world.folder))
     assert cli.main(["--list", "--json", "--runtime-root", str(world.root)]) == 0
+    # Exit code 0 though everything is skipped.
+    assert set(words(world).values()) <= {one for one in expected.values() if one.startswith("SKIP_")}
+    assert cli.main(["--prune", "--runtime-root", str(world.root)]) == 0
 
 
 FILES = ("agent.env", "session.json")
