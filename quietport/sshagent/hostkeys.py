@@ -9,7 +9,7 @@ from pathlib import Path
 from quietport import commands
 from quietport.errors import HostProgramError
 from quietport.sshagent.names import AgentAccessError
-from quietport.sshagent.root import check_parents
+from quietport.sshagent.root import MissingError, check_parents
 
 
 def check(hosts: Sequence[str], known_hosts: Path) -> Path:
@@ -20,6 +20,11 @@ def check(hosts: Sequence[str], known_hosts: Path) -> Path:
     path = known_hosts.parent.resolve() / known_hosts.name
     try:
         check_parents(path)
+    except MissingError as error:
+        raise AgentAccessError(
+            f"--allow-host takes host keys from {known_hosts}: {error} Let root write them there, from "
+            "agent_known_hosts of hosts.toml."
+        ) from error
     except AgentAccessError as error:
         raise AgentAccessError(f"--allow-host takes host keys from {known_hosts}: {error}") from error
     for host in hosts:

@@ -430,6 +430,36 @@ def test_no_bytes_in_a_session_make_prune_delete_it(
     assert status(world, record.id) in sessions.STATUSES
 
 
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(("session.json", "agent.env")),
+    at=st.integers(0, 900),
+    cut=st.integers(0, 30),
+    put=st.binary(max_size=6) | st.sampled_from((b"1", b"-1", b"null", b'"', b"}", b"stopped", b"\n")),
+)
+def test_no_change_of_bytes_makes_prune_delete_what_is_not_valid(
+    tmp_path_factory: pytest.TempPathFactory, name: str, at: int, cut: int, put: bytes
+) -> None:
+    """Nearer to what is valid than any bytes are."""
+    world = World(tmp_path_factory.mktemp("w"), Path("/none"))
+    record, other = world.fabricate(), world.fabricate(wrapper=HERE, agent=HERE, keeper=HERE)
+    place = world.directory(record) / name
+    whole = place.read_bytes()
+    at = min(at, len(whole))
+    place.write_bytes(whole[:at] + put + whole[at + cut :])
+    kept = snapshot(world.directory(other))
+    data = {file: (world.directory(record) / file).read_bytes() for file in FILES}
+    word = words(world)[record.id]
+    assert snapshot(world.directory(other)) == kept
+    try:
+        found = parse_record(data["session.json"], name=record.id)
+        pid = parse_agent_env(data["agent.env"])
+    except InvalidError:
+        assert word.startswith("SKIP_")
+    else:
+        assert word != "PRUNED" or (pid == found.agent.pid and found.agent.gone())
+
+
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200))
 def test_any_bytes_in_the_audit(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
