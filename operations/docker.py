@@ -29,6 +29,9 @@ BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
 ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
 
+# Without its parser and with AppArmor in the kernel, 20.10 starts no container, and newer engines start them
+# without a profile (https://github.com/docker/for-linux/issues/974). Engines only recommend it.
+PROFILES = "apparmor"
 # Debian 12's compose is version 1; Debian 13 only recommends the command line, so it is named.
 DISTRIBUTION_PACKAGES = {
     "bookworm": ("docker.io", "docker-compose"),
@@ -121,10 +124,9 @@ def has_network_defaults(*, source: str, codename: str) -> bool:
 
 
 def packages_for(*, source: str, codename: str) -> tuple[str, ...]:
-    """Engine and compose, by name. A release that is not known gets Debian 13's names."""
-    if source == "docker":
-        return UPSTREAM_PACKAGES
-    return DISTRIBUTION_PACKAGES.get(codename, DISTRIBUTION_PACKAGES["trixie"])
+    """Engine, compose, and what loads its profiles. A release that is not known gets Debian 13's names."""
+    distribution = DISTRIBUTION_PACKAGES.get(codename, DISTRIBUTION_PACKAGES["trixie"])
+    return (*(UPSTREAM_PACKAGES if source == "docker" else distribution), PROFILES)
 
 
 def source_refusal(docker: dict[str, Any], source: str) -> str | None:

@@ -44,6 +44,11 @@ def test_compose_is_there(reading: Reading) -> None:
     assert reading.text("docker compose version 2>/dev/null || docker-compose version")
 
 
+def test_profiles_of_containers_can_be_loaded(reading: Reading) -> None:
+    """With AppArmor in the kernel and no parser an engine starts no container, or one without a profile."""
+    assert reading.text("PATH=$PATH:/usr/sbin:/sbin command -v apparmor_parser")
+
+
 def test_daemon_json_publishes_on_loopback_by_default(reading: Reading) -> None:
     config = json.loads(reading.fact(FileText, "/etc/docker/daemon.json"))
     assert config["ip"] == "127.0.0.1"
