@@ -21,6 +21,8 @@ from quietport.sshagent.root import Root, open_root
 
 CHECKOUT = Path(__file__).parents[2]
 VARIABLE = "OPENCLAW_SSH_PRIVATE_KEY"
+# The interpreter alone: the program needs none of the packages that the tests have.
+PYTHON = (getattr(sys, "_base_executable", sys.executable), "-S")
 # For what takes a moment, on a machine that has other things to do.
 PATIENCE_S = 120
 # A TTL that a start does not use up there, and that a test can wait for.
@@ -56,7 +58,7 @@ class World:
         return found
 
     def argv(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "quietport", "ssh-agent", "--runtime-root", str(self.root), *words]
+        return [*PYTHON, "-m", "quietport", "ssh-agent", "--runtime-root", str(self.root), *words]
 
     def run(
         self, *words: str, env: Mapping[str, str] | None = None, **options: Any

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -328,15 +327,12 @@ def test_killed_before_every_call_that_touches_files(world: World, step: str) ->
 
 def test_sixty_four_starts_at_once(world: World) -> None:
     count = 64
-    # The interpreter alone: what a start takes is not what this is about.
-    base = getattr(sys, "_base_executable", sys.executable)
-    argv = [base, "-S", "-m", "quietport", "ssh-agent", "--runtime-root", str(world.root)]
     env = world.env()
     gate, opener = os.pipe()
     running = [
         subprocess.Popen(
-            [*argv, "--", "sh", "-c", "ssh-add -l; read gate"], env=env, stdin=gate, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+            world.argv("--", "sh", "-c", "ssh-add -l; read gate"), env=env, stdin=gate, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for _ in range(count)
     ]  # fmt: skip
