@@ -37,6 +37,8 @@ _ANSWER_S = 1.0
 _WAKE_S, _WAKE_SELDOM_S = 0.02, 0.5
 # By a signal, or by a debugger (proc(5)).
 _STOPPED = ("T", "t")
+# No sender is -1; 0 is one outside of our PID namespace (sigaction(2), pid_namespaces(7)).
+_NOBODY = -1
 _REPORT = struct.Struct("=ii")
 
 
@@ -220,7 +222,7 @@ class Job:
     command: int
     witness: Witness
     ended: Callable[[int, int], None]
-    _waker: int = 0
+    _waker: int = _NOBODY
 
     def wait(self) -> int:
         """Do what a wrapper has to until the command ends; returns its exit code, negative for a signal."""
@@ -280,9 +282,10 @@ class Job:
         finally:
             if number != signal.SIGSTOP:
                 signal.signal(number, before)
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self._waker, signal.SIGKILL)
-                os.waitpid(self._waker, 0)
+            if self._waker != _NOBODY:
+                with suppress(ProcessLookupError, ChildProcessError):
+                    os.kill(self._waker, signal.SIGKILL)
+                    os.waitpid(self._waker, 0)
         # At once: it belongs to this stop, and would undo the next.
         self._pass_on_continue()
 
@@ -298,13 +301,16 @@ class Job:
 
 
 def _start_waker(command: int) -> int:
-    """A child that continues us when we are stopped and `command` is not; returns its PID.
+    """A child that continues us when we are stopped and `command` is not; its PID, or _NOBODY.
 
     A signal that the kernel gave us in between, a SIGCONT for the command alone, a SIGKILL for it: of none of
     these does a stopped process hear.
     """
     wrapper = os.getpid()
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError:
+        return _NOBODY
     if child:
         return child
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from control.zipapp import build
+from quietport.sshagent.job import Job, Witness
 from tests.unit.sshagent_world import (
     PATIENCE_S,
     SHORT_TTL_S,
@@ -285,6 +286,21 @@ def test_a_signal_reaches_the_command_once_however_it_was_sent(world: World) -> 
     os.kill(to_wrapper, last)
     assert process.stdout.read().split() == [str(int(last))]
     assert process.wait(PATIENCE_S) == 0
+
+
+class Unseen(Witness):
+    """Of a signal that was not for the whole group."""
+
+    def saw(self, number: int, sender: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("sender", "passed"), [(0, True), (1, True), (os.getpid(), False)])
+def test_a_signal_from_outside_of_a_container_is_passed_on(sender: int, passed: bool) -> None:
+    """Its sender is 0 (pid_namespaces(7)); what the wrapper sends itself is not passed on."""
+    job = Job(2, Unseen(2, -1), lambda pid, status: None)
+    info = signal.struct_siginfo((signal.SIGTERM, 0, 0, sender, 0, 0, 0))
+    assert job._is_for_the_command(info) is passed
 
 
 def test_signals_that_the_caller_ignores_stay_ignored(world: World) -> None:
