@@ -9,16 +9,18 @@ from operations import agent_access as operations
 from operations import files
 from operations.common import each
 from operations.programs import ZIPAPP
+from quietport.sshagent import hosts
+from quietport.sshagent.names import EVIDENCE_PROGRAM, PROGRAM
 
 FOLDER = "/usr/local/bin"
 # -I: neither the agent's directory nor its PYTHON* variables decide what runs with the key.
 _LAUNCHER = '#!/bin/sh\nexec /usr/bin/python3 -I {} {} "$@"\n'
 LAUNCHERS = {
-    f"{FOLDER}/codex-openclaw-ssh-agent": _LAUNCHER.format(ZIPAPP, "ssh-agent"),
-    f"{FOLDER}/codex-openclaw-ssh-agent-ttl-evidence": _LAUNCHER.format(ZIPAPP, "ttl-evidence"),
+    f"{FOLDER}/{PROGRAM}": _LAUNCHER.format(ZIPAPP, "ssh-agent"),
+    f"{FOLDER}/{EVIDENCE_PROGRAM}": _LAUNCHER.format(ZIPAPP, "ttl-evidence"),
 }
-KNOWN_HOSTS = "/etc/quietport/agent_known_hosts"
-_HEADER = "# Written by quietport: hosts for `codex-openclaw-ssh-agent --allow-host`, as in known_hosts.\n"
+KNOWN_HOSTS = str(hosts.KNOWN_HOSTS)
+_HEADER = f"# Written by quietport: hosts for `{PROGRAM} --allow-host`, as in known_hosts.\n"
 
 
 @deploy("agent access")

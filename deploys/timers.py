@@ -13,6 +13,7 @@ from operations import timers as operations
 from operations.agent_access import STATE, home_of
 from operations.common import each
 from operations.timers import Timer
+from quietport.sshagent.names import PROGRAM
 
 TIMERS = (
     Timer(
@@ -48,7 +49,7 @@ def prune_of(user: str, home: str) -> Timer:
     return Timer(
         name=f"agent-prune-{user}",
         schedule="daily",
-        program=(f"{FOLDER}/codex-openclaw-ssh-agent", "--prune"),
+        program=(f"{FOLDER}/{PROGRAM}", "--prune"),
         user=user,
         # To the journal, which the agent cannot edit.
         address_families=("AF_UNIX",),

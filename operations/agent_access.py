@@ -7,10 +7,11 @@ from pyinfra.context import host
 from facts.files import FileState
 from facts.users import Account
 from operations.common import Commands, operation, program, script, warn
+from quietport.sshagent.names import PROGRAM
 
 # systemd-logind keeps one file a user there (loginctl(1), enable-linger).
 LINGER = "/var/lib/systemd/linger"
-STATE = ".local/state/codex-openclaw-ssh-agent"
+STATE = f".local/state/{PROGRAM}"
 # As the user, so that no link in the home directory sends root's mkdir elsewhere. mkdir's mode is the one it
 # is made with: there is no moment with another.
 _MAKE_ROOT = """exec timeout 30 runuser -u "$1" -- sh -c 'set -eu
