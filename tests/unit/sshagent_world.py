@@ -13,6 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from quietport.sshagent import audit, sessions
 from quietport.sshagent.names import now, stamp
 from quietport.sshagent.process import Process, boot_id, boottime
@@ -27,6 +29,11 @@ PYTHON = (getattr(sys, "_base_executable", sys.executable), "-S")
 PATIENCE_S = 120
 # A TTL that a start does not use up there, and that a test can wait for.
 SHORT_TTL_S = 6
+
+
+def short_folder(factory: pytest.TempPathFactory) -> Path:
+    """A directory without the name of the test: a socket's path has room for 107 characters (unix(7))."""
+    return factory.mktemp("w")
 
 
 def make_key(path: Path, *, passphrase: str = "", comment: str = "canary") -> Path:

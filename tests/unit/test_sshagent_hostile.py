@@ -21,7 +21,7 @@ from quietport.sshagent.names import AgentAccessError
 from quietport.sshagent.process import Process
 from quietport.sshagent.prune import prune
 from quietport.sshagent.root import Root
-from tests.unit.sshagent_world import PATIENCE_S, World, make_key, wait_until
+from tests.unit.sshagent_world import PATIENCE_S, World, make_key, short_folder, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 
@@ -87,8 +87,9 @@ print(count)
 
 
 @pytest.fixture(name="world")
-def _world(tmp_path: Path) -> World:
-    return World(tmp_path, tmp_path / "k")
+def _world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = short_folder(tmp_path_factory)
+    return World(folder, folder / "k")
 
 
 def picture(folder: Path) -> dict[str, tuple[int, int, bytes]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from quietport.sshagent.hosts import is_host
-from tests.unit.sshagent_world import World, make_key, script, wait_until
+from tests.unit.sshagent_world import World, make_key, script, short_folder, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="host keys come from a file of root's")
 SSHD = "/usr/sbin/sshd"
@@ -68,8 +68,8 @@ def answers(port: int) -> bool:
 
 
 @pytest.fixture(name="world")
-def _world(tmp_path: Path, key: Path) -> World:
-    return World(tmp_path, key)
+def _world(tmp_path_factory: pytest.TempPathFactory, key: Path) -> World:
+    return World(short_folder(tmp_path_factory), key)
 
 
 def login(server: Server, folder: Path) -> str:

@@ -27,6 +27,7 @@ from tests.unit.sshagent_world import (
     alive,
     make_key,
     script,
+    short_folder,
     wait_until,
 )
 
@@ -39,8 +40,8 @@ def _key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(name="world")
-def _world(tmp_path: Path, key: Path) -> Iterator[World]:
-    world = World(tmp_path, key)
+def _world(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[World]:
+    world = World(short_folder(tmp_path_factory), key)
     yield world
     # Nothing that a test left may outlive it: agents, keepers and stalled programs name our directory.
     for pid in processes_of(world):

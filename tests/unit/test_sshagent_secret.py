@@ -16,14 +16,15 @@ import pytest
 
 from quietport.sshagent.key import checked
 from quietport.sshagent.names import AgentAccessError
-from tests.unit.sshagent_world import PATIENCE_S, VARIABLE, World, make_key, script, wait_until
+from tests.unit.sshagent_world import PATIENCE_S, VARIABLE, World, make_key, script, short_folder, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can look into a process that hides itself")
 
 
 @pytest.fixture(name="world")
-def _world(tmp_path: Path) -> World:
-    return World(tmp_path, make_key(tmp_path / "canary-key"))
+def _world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = short_folder(tmp_path_factory)
+    return World(folder, make_key(folder / "canary-key"))
 
 
 @pytest.fixture(name="canaries")

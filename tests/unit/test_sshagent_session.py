@@ -26,6 +26,7 @@ from tests.unit.sshagent_world import (
     alive,
     make_key,
     script,
+    short_folder,
     wait_until,
 )
 
@@ -36,8 +37,8 @@ def _key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(name="world")
-def _world(tmp_path: Path, key: Path) -> World:
-    return World(tmp_path, key)
+def _world(tmp_path_factory: pytest.TempPathFactory, key: Path) -> World:
+    return World(short_folder(tmp_path_factory), key)
 
 
 def left_behind(world: World) -> list[str]:
@@ -295,7 +296,9 @@ class Unseen(Witness):
         return False
 
 
-@pytest.mark.parametrize(("sender", "passed"), [(0, True), (1, True), (os.getpid(), False)])
+@pytest.mark.parametrize(
+    ("sender", "passed"), [(0, True), (1, True), (os.getpid(), False)], ids=["outside", "another", "itself"]
+)
 def test_a_signal_from_outside_of_a_container_is_passed_on(sender: int, passed: bool) -> None:
     """Its sender is 0 (pid_namespaces(7)); what the wrapper sends itself is not passed on."""
     job = Job(2, Unseen(2, -1), lambda pid, status: None)

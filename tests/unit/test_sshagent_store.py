@@ -27,15 +27,16 @@ from quietport.sshagent.prune import prune
 from quietport.sshagent.record import InvalidError, Record, parse_agent_env, parse_record
 from quietport.sshagent.root import MissingError, Root, UnsafeError, locked, open_root, root_path
 from quietport.sshagent.stop import stop
-from tests.unit.sshagent_world import World, gone_pid
+from tests.unit.sshagent_world import World, gone_pid, short_folder
 
 HERE = Process.of(os.getpid())
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 
 
 @pytest.fixture(name="world")
-def _world(tmp_path: Path) -> World:
-    return World(tmp_path, tmp_path / "no-key")
+def _world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = short_folder(tmp_path_factory)
+    return World(folder, folder / "no-key")
 
 
 @contextmanager
