@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,9 @@ PYTHON = (getattr(sys, "_base_executable", sys.executable), "-S")
 PATIENCE_S = 120
 # A TTL that a start does not use up there, and that a test can wait for.
 SHORT_TTL_S = 6
+
+# Of a run under nohup(1) every child ignores it, and a shell then cannot trap it (POSIX, 2.11 Signals).
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def short_folder(factory: pytest.TempPathFactory) -> Path:
