@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -45,9 +46,12 @@ def fingerprint(public: Path) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that no outgoing connection of this machine takes while its sshd is restarted (ip(7))."""
+    while True:
+        port = random.randrange(20_000, 32_000)  # noqa: S311
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass
@@ -90,9 +94,11 @@ class Server:
         self._log.append(self.directory / f"log{len(self._log)}")
         with self._log[-1].open("wb") as log:
             self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(config)], stderr=log)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection((self.addresses[0], self.port), 1):
+        # Its own word, of each address: a connection could be answered by somebody else.
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            said = self._log[-1].read_text(errors="replace")
+            if said.count("Server listening on ") == len(self.addresses):
                 return
             time.sleep(0.05)
         raise AssertionError(f"sshd does not listen: {self.log}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from quietport.sshagent.hosts import is_host
+from tests.unit.control_sshd import free_port
 from tests.unit.sshagent_world import World, make_key, script, short_folder, wait_until
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="host keys come from a file of root's")
@@ -43,9 +44,7 @@ def _servers(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Iterator[li
     processes, servers = [], []
     for number in range(2):
         host_key = make_key(folder / f"host{number}", comment="")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         config = folder / f"config{number}"
         config.write_text(
             f"ListenAddress 127.0.0.1:{port}\nHostKey {host_key}\nPidFile none\nUsePAM no\nStrictModes no\n"
