@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from quietport.errors import FINE, PROBLEM, HostProgramError, printable
-from quietport.ports import Judged, Listener, judge, parse_ss, report
+from quietport.ports import Judged, judge, report
+from quietport.ss import Listener, parse_ss
 from quietport.survey import survey
 
 MAX_INPUT_BYTES = 64 << 20
@@ -43,8 +44,7 @@ def table(judged: list[Judged]) -> str:
     hints: list[str] = []
     for entry in sorted(judged, key=lambda entry: order.index(entry.exposure)):
         protocol, where = entry.listener.protocol, _where(entry.listener)
-        process = str(entry.to_json()["process"])
-        rows.append((entry.exposure, entry.verdict, protocol, where, process or "-", entry.unit or "-"))
+        rows.append((entry.exposure, entry.verdict, protocol, where, entry.process or "-", entry.unit or "-"))
         if entry.hint:
             hints.append(f"{protocol} {where}: {entry.hint}")
     lines = _aligned([[printable(cell) for cell in row] for row in rows])

@@ -18,8 +18,9 @@ from quietport import ports_cli
 from quietport.cli import main
 from quietport.errors import HostProgramError
 from quietport.net import Interfaces, parse_interfaces
-from quietport.ports import Listener, Process, classify, judge, parse_ss, verdict
+from quietport.ports import classify, judge, verdict
 from quietport.processes import Program, unit_of
+from quietport.ss import Listener, Process, parse_ss
 
 HEADER = "Netid State  Recv-Q Send-Q Local Address:Port Peer Address:PortProcess\n"
 ROW = "tcp   LISTEN 0      128          0.0.0.0:22        0.0.0.0:*    "
