@@ -373,7 +373,8 @@ def test_exit_codes(
 
 
 def test_a_name_cannot_steer_the_terminal() -> None:
-    text = ports_cli.table([judge(one("0.0.0.0:22", tail='users:(("\x1b[2Ja\nb",pid=10,fd=3))'), None)])
+    judged = judge(one("0.0.0.0:22", tail='users:(("\x1b[2Ja\nb",pid=10,fd=3))'), None)
+    text = ports_cli.table([judged.to_json()])
     assert "\x1b" not in text
     assert "?[2Ja?b" in text
 
