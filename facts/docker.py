@@ -14,12 +14,13 @@ from facts.times import SHOW_START, newest, properties, stale, started_at
 from quietport.containers import ATTEMPTS, FORMAT, SHIM, parse_published
 from quietport.docker_user import backend_of
 from quietport.errors import HostProgramError
+from quietport.processes import shell_is_running
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 _SOURCES = (("docker-ce", "docker"), ("docker.io", "debian"))
 # What quietport.containers.published does, in shell: fails when Docker does not say and containers run.
 READ_PUBLISHED = (
-    f"if ! grep -qsx dockerd /proc/[0-9]*/comm; then ! grep -qsx {SHIM} /proc/[0-9]*/comm; exit; fi; "
+    f"if ! {shell_is_running('dockerd')}; then ! {shell_is_running(SHIM)}; exit; fi; "
     f"for again in $(seq {ATTEMPTS}); do ids=$(docker ps -q --no-trunc) || continue; "
     'test -n "$ids" || exit 0; '
     f"found=$(docker inspect --format {quoted([FORMAT])} $ids) || continue; "

@@ -20,7 +20,7 @@ from quietport.errors import HostProgramError
 from quietport.hostfile import HOST_JSON, PUBLIC_LISTENERS, PUBLIC_NETWORKS, PUBLIC_SSHD
 from quietport.net import parse_interfaces
 from quietport.ports import Evidence, PublicSshd, judge_host, parse_declared
-from quietport.processes import SHOW_SOCKET_UNITS, Program, parse_socket_units, unit_of
+from quietport.processes import SHOW_SOCKET_UNITS, Program, parse_socket_units, shell_is_running, unit_of
 from quietport.ss import parse_ss, parse_vsock
 from quietport.sshd import PORT
 from quietport.survey import SS, SS_VSOCK
@@ -50,7 +50,7 @@ _BEYOND_SOCKETS = {
     "units": quoted(SHOW_SOCKET_UNITS),
     "published": READ_PUBLISHED,
     # No tailscaled serves nothing; one that does not answer might.
-    "served": f"! grep -qsx tailscaled /proc/[0-9]*/comm || {quoted(serve.COMMAND)}",
+    "served": f"! {shell_is_running('tailscaled')} || {quoted(serve.COMMAND)}",
 }
 
 

@@ -67,19 +67,30 @@ def program_of(pid: int, *, proc: Path = Path("/proc")) -> Program:
 
 
 def is_running(name: str, *, proc: Path = Path("/proc")) -> bool:
-    """Whether any process calls itself `name` (15 bytes of it: proc(5), /proc/PID/comm).
+    """Whether any process of this host calls itself `name` (15 bytes of it), those in containers left out.
 
-    Anyone can: the answer may only make a caller more careful.
+    Anyone can: the answer may only make a caller more careful. A container's processes have one more number
+    in NSpid (proc_pid_status(5)); its Docker is not the host's.
     """
     wanted = name.encode()[:15]
     for folder in proc.iterdir():
         if folder.name.isdigit():
             try:
-                if (folder / "comm").read_bytes().rstrip(b"\n") == wanted:
-                    return True
+                if (folder / "comm").read_bytes().rstrip(b"\n") != wanted:
+                    continue
+                status = (folder / "status").read_bytes()
             except OSError:
                 continue
+            spaces = next((line for line in status.split(b"\n") if line.startswith(b"NSpid:")), b"")
+            if len(spaces.split()) <= 2:
+                return True
     return False
+
+
+def shell_is_running(name: str) -> str:
+    """A shell command that succeeds when `is_running(name)` is true on the host it runs on."""
+    program = f'/^Name:/ {{ name = $2 }} /^NSpid:/ && NF == 2 && name == "{name[:15]}" {{ found = 1 }}'
+    return f"cat /proc/[0-9]*/status 2>/dev/null | awk '{program} END {{ exit !found }}'"
 
 
 # Read by `parse_socket_units`.

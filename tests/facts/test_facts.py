@@ -137,23 +137,25 @@ def test_a_daemon_that_does_not_answer_is_not_one_that_has_nothing(silent: str, 
 
 
 @pytest.mark.parametrize(
-    ("programs", "docker", "expected"),
+    ("programs", "spaces", "docker", "expected"),
     [
-        ((), "exit 9", (0, "")),
-        (("containerd-shim",), "exit 9", (1, "")),
-        (("dockerd",), "exit 9", (1, "")),
-        (("dockerd",), "true", (0, "")),
-        (("dockerd",), 'test "$1" = ps && echo abc || printf "%s\\n" "$*"', (0, "inspect --format")),
-        (("dockerd",), 'test "$1" = ps && echo abc || exit 1', (1, "")),
+        ((), "7", "exit 9", (0, "")),
+        (("containerd-shim",), "7", "exit 9", (1, "")),
+        (("dockerd",), "7", "exit 9", (1, "")),
+        (("dockerd",), "7", "true", (0, "")),
+        # Those of a container.
+        (("dockerd", "containerd-shim"), "7\t1", "exit 9", (0, "")),
+        (("dockerd",), "7", 'test "$1" = ps && echo abc || printf "%s\\n" "$*"', (0, "inspect --format")),
+        (("dockerd",), "7", 'test "$1" = ps && echo abc || exit 1', (1, "")),
     ],
 )
 def test_docker_is_asked_when_it_runs_and_must_answer(
-    programs: tuple[str, ...], docker: str, expected: tuple[int, str], tmp_path: Path
+    programs: tuple[str, ...], spaces: str, docker: str, expected: tuple[int, str], tmp_path: Path
 ) -> None:
     """The shell command itself, with a docker that stands in and names of processes in files."""
     for number, name in enumerate(programs):
         (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "comm").write_text(f"{name}\n")
+        (tmp_path / str(number) / "status").write_text(f"Name:\t{name}\nNSpid:\t{spaces}\n")
     stand_in = tmp_path / "bin" / "docker"
     stand_in.parent.mkdir()
     stand_in.write_text(f"#!/bin/sh\n{docker}\n")

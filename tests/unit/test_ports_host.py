@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from quietport.containers import Published, parse_published
 from quietport.errors import HostProgramError
 from quietport.net import Interfaces
 from quietport.ports import Declared, Evidence, Judged, PublicSshd, judge_host, parse_declared, report
-from quietport.processes import SHOW_SOCKET_UNITS, Program, is_running, parse_socket_units
+from quietport.processes import SHOW_SOCKET_UNITS, Program, is_running, parse_socket_units, shell_is_running
 from quietport.serve import Served, parse_serve
 from quietport.ss import Listener, Process, parse_vsock
 
@@ -428,14 +429,25 @@ def test_vsock_is_shown_as_far_as_it_is_understood(text: str) -> None:
 
 
 def test_a_process_is_known_by_its_name(tmp_path: Path) -> None:
-    for pid, name in (("1", "systemd"), ("7", "containerd-shim"), ("self", "dockerd")):
+    for pid, name, spaces in (
+        ("1", "systemd", "1"),
+        ("7", "containerd-shim", "7"),
+        ("8", "dockerd", "8\t3"),
+        ("self", "tailscaled", "9"),
+    ):
         (tmp_path / pid).mkdir()
         (tmp_path / pid / "comm").write_text(f"{name}\n")
+        (tmp_path / pid / "status").write_text(f"Name:\t{name}\nNSpid:\t{spaces}\n")
     (tmp_path / "9").mkdir()
     assert is_running("containerd-shim-runc-v2", proc=tmp_path)
-    assert not is_running("dockerd", proc=tmp_path)
+    assert not is_running("dockerd", proc=tmp_path), "it is a container's"
+    assert not is_running("tailscaled", proc=tmp_path)
     assert not is_running("system", proc=tmp_path)
-    assert is_running(Path("/proc/self/comm").read_text().strip())
+    own = Path("/proc/self/comm").read_text().strip()
+    assert is_running(own)
+    for name in (own, "no-such-program"):
+        done = subprocess.run(["/bin/sh", "-c", shell_is_running(name)], check=False)
+        assert (done.returncode == 0) == (name == own)
 
 
 # --- all of it, as the program tells it ---------------------------------------------------------------
