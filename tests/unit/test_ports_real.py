@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from quietport.cli import main
 from quietport.ports import classify, judge
 from quietport.ss import Listener, parse_ss
 
+ROOT = Path(__file__).parents[2]
 OUTPUTS = Path(__file__).parent / "ss_outputs"
 FILES = sorted(OUTPUTS.glob("*.txt"))
 HARD = "hard_names_and_addresses.txt"
@@ -92,3 +96,31 @@ def test_a_line_that_is_not_understood_is_not_passed_over(file: Path, tmp_path: 
     other = tmp_path / "ss.txt"
     other.write_bytes(b"".join([*lines[:2], b"garbage\n", *lines[2:]]))
     assert main(["ports", "--from-ss", str(other)]) == 3
+
+
+PAGE = ROOT / "docs/ports.md"
+# What each command of the page ends with, by its words; what it asks of the machine itself may be either.
+ENDS = {
+    "python3 -m quietport ports --from-ss tests/unit/ss_outputs/debian_13_blank.txt": {1},
+    "python3 -m quietport ports --from-ss - --json < tests/unit/ss_outputs/hard_names_and_addresses.txt": {1},
+    "ss -lntup | python3 -m quietport ports --from-ss -": {0, 1},
+    "head -n 1 tests/unit/ss_outputs/debian_13_blank.txt | python3 -m quietport ports --from-ss -": {0},
+    "python3 -m quietport ports --from-ss /dev/null": {3},
+}
+
+
+def test_the_pages_commands_are_those_that_are_run() -> None:
+    lines = PAGE.read_text().splitlines()
+    assert {line for line in lines if "--from-ss" in line and not line.startswith("#")} == set(ENDS)
+
+
+@pytest.mark.parametrize(("command", "codes"), ENDS.items(), ids=range(len(ENDS)))
+def test_each_command_of_the_page_does_what_it_says(command: str, codes: set[int]) -> None:
+    if command.startswith("ss ") and shutil.which("ss") is None:
+        pytest.skip("no ss on this machine")
+    python = f"{sys.executable} -m"
+    done = subprocess.run(
+        ["/bin/sh", "-c", command.replace("python3 -m", python)], capture_output=True, cwd=ROOT, check=False
+    )
+    assert done.returncode in codes
+    assert (done.returncode == 3) == (b"quietport ports: " in done.stderr)
