@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quietport.commands import run
 from quietport.errors import HostProgramError
+from quietport.net import parse_address
 from quietport.processes import is_running
 from quietport.ss import Listener, Protocol
 
@@ -68,6 +69,9 @@ def parse_published(text: str) -> list[Published]:
                 )
                 for binding in bindings or []
             ]
+    for one in found:
+        if one.host_ip:
+            parse_address(one.host_ip)
     return found
 
 

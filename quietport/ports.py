@@ -269,9 +269,15 @@ def _reason(listener: Listener, holders: Collection[str], declared: Collection[D
     """The reason why hosts.toml lets this be public, every one of its holders included; else ""."""
     for exception in declared:
         same_place = (exception.protocol, exception.port) == (listener.protocol, listener.port)
-        if same_place and set(holders) == ({exception.unit} if exception.unit else set()):
+        wanted = {_service(exception.unit)} if exception.unit else set()
+        if same_place and set(map(_service, holders)) == wanted:
             return f"Declared in hosts.toml: {exception.reason}"
     return ""
+
+
+def _service(unit: str) -> str:
+    """The service of a socket unit (systemd.socket(5), Service=): both hold the socket once it is started."""
+    return f"{unit.removesuffix('.socket')}.service" if unit.endswith(".socket") else unit
 
 
 def _forwarded(port: Published, evidence: Evidence) -> Judged:

@@ -176,7 +176,16 @@ def test_what_inspect_prints() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['"/web"', '"/web" {', '"/web" []x', '"/web" [1]', '"/web" {"80/x":[{}]}', '"/w" {"80/tcp":[1]}']
+    "text",
+    [
+        '"/web"',
+        '"/web" {',
+        '"/web" []x',
+        '"/web" [1]',
+        '"/web" {"80/x":[{}]}',
+        '"/web" {"80/tcp":[{"HostIp":"x"}]}',
+        '"/w" {"80/tcp":[1]}',
+    ],
 )
 def test_a_container_that_is_not_understood_is_an_error(text: str) -> None:
     with pytest.raises((ValueError, LookupError, AttributeError)):
@@ -398,9 +407,14 @@ def test_what_systemd_listens_on_is_its_socket_units() -> None:
     # Another process that has the same place is not the unit's.
     (both,) = judged(replace(listener, processes=(Process("systemd", 1), Process("x", 9))), **evidence)
     assert both.unit == "cups.socket"
-    declared = [Declared("tcp", 631, "printing", "cups.socket")]
-    assert judged(listener, declared=declared, **evidence)[0].verdict == "allowed"
-    assert judged(both.listener, declared=declared, **evidence)[0].verdict == "violation"
+    started = replace(listener, processes=(Process("cupsd", 8), Process("systemd", 1)))
+    evidence["programs"][8] = Program("cups.service", "/usr/sbin/cupsd")
+    for unit in ("cups.socket", "cups.service"):
+        declared = [Declared("tcp", 631, "printing", unit)]
+        for one, verdict in ((listener, "allowed"), (started, "allowed"), (both.listener, "violation")):
+            assert judged(one, declared=declared, **evidence)[0].verdict == verdict
+    other = [Declared("tcp", 631, "printing", "lpd.service")]
+    assert judged(started, declared=other, **evidence)[0].verdict == "violation"
 
 
 def test_sshd_on_vsock_is_shown() -> None:
