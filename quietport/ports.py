@@ -262,15 +262,20 @@ def _excuse(
         reason = _reason(listener, holders, declared)
         if reason:
             return "allowed", reason
-    return "violation", _hint(listener, holders, believed=programs is None)
+    whose = [one.unit or "the kernel" for one in declared if _is_at(one, listener)]
+    note = f"hosts.toml declares this port for {', '.join(whose)} alone. " if whose else ""
+    return "violation", note + _hint(listener, holders, believed=programs is None)
+
+
+def _is_at(exception: Declared, listener: Listener) -> bool:
+    return (exception.protocol, exception.port) == (listener.protocol, listener.port)
 
 
 def _reason(listener: Listener, holders: Collection[str], declared: Collection[Declared]) -> str:
     """The reason why hosts.toml lets this be public, every one of its holders included; else ""."""
     for exception in declared:
-        same_place = (exception.protocol, exception.port) == (listener.protocol, listener.port)
         wanted = {_service(exception.unit)} if exception.unit else set()
-        if same_place and set(map(_service, holders)) == wanted:
+        if _is_at(exception, listener) and set(map(_service, holders)) == wanted:
             return f"Declared in hosts.toml: {exception.reason}"
     return ""
 

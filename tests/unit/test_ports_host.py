@@ -76,6 +76,11 @@ def test_what_hosts_toml_excuses(listener: Listener, programs: dict[int, Program
     assert entry.hint.startswith("Declared in hosts.toml: ") == (verdict == "allowed")
     (bare,) = judged(listener, programs=programs)
     assert bare.verdict == "violation", "the positive control"
+    declared_for = {443: "caddy.service", 51820: "the kernel"}.get(listener.port, "")
+    if listener.protocol == ("udp" if listener.port == 51820 else "tcp") and declared_for:
+        assert (f"declares this port for {declared_for} alone" in entry.hint) == (verdict == "violation")
+    else:
+        assert "declares this port" not in entry.hint
 
 
 @pytest.mark.parametrize("unit", ["ssh.service", "ssh.socket", "sshd@7.service"])
