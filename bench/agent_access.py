@@ -15,17 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from bench import machine
 from control.zipapp import build
 from quietport.sshagent.names import now, stamp
 from quietport.sshagent.process import Process, boot_id
@@ -140,14 +140,10 @@ def document_of(
     load: float,
 ) -> dict[str, Any]:
     """The JSON document, with the state of this machine."""
-    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     said = subprocess.run([python, "--version"], capture_output=True, text=True, check=True)
     return {
         "schema": SCHEMA,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": model[1] if model else "unknown",
-        "load": round(load, 1),
+        **machine.state(load=load),
         "python": said.stdout.strip(),
         "rounds": rounds,
         "start_ms": start,

@@ -15,18 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import machine
 from tests.lab.story import BIN, DEPLOY, ROOT, Hosts, Lab
 
 SCHEMA = 1
@@ -119,13 +118,9 @@ def measure_all(count: int) -> list[Measured]:
 
 def document_of(measured: Sequence[Measured], *, hosts: int, load: float) -> dict[str, Any]:
     """The JSON document, with the state of this machine."""
-    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "schema": SCHEMA,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": model[1] if model else "unknown",
-        "load": round(load, 1),
+        **machine.state(load=load),
         "hosts": hosts,
         "measured": [asdict(one) for one in measured],
     }

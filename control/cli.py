@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyinfra.api.exceptions import PyinfraError
 
-from control import apply, example, reach, state
+from control import apply, example, ports, reach, state
 from control.errors import SettingsError
 from control.settings import fleet, nearest
 
@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     converge.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
     converge.set_defaults(run=_apply)
+    asked = verbs.add_parser(
+        "ports", help="what can be reached on the hosts, and whether that may be, by their own word"
+    )
+    asked.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
+    asked.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    asked.set_defaults(run=_ports)
     forget = verbs.add_parser(
         "forget", help="forget a host's pinned key and tailnet address, as after a reinstall"
     )
@@ -63,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _apply(options: argparse.Namespace) -> int:
     apply.run(options.names)
+
+
+def _ports(options: argparse.Namespace) -> int:
+    return ports.run(options.names, as_json=options.json)
 
 
 def _forget(options: argparse.Namespace) -> int:

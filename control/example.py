@@ -27,6 +27,9 @@ _SAMPLES: dict[str, Any] = {
     "tailscale_repository": "https://pkgs.tailscale.com/stable/debian",
     "tailscale_tags": ["tag:server"],
     "break_glass_cidrs": ["203.0.113.0/24", "2001:db8:7::/48"],
+    "public_listeners": [
+        {"port": 443, "protocol": "tcp", "unit": "caddy.service", "reason": "the web site"},
+    ],
     "docker_repository": "https://download.docker.com/linux/debian",
     "docker_users": ["agent"],
     "agent_known_hosts": ["git.example.org ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI"],
@@ -75,5 +78,11 @@ def _comment(lines: list[str], *, wrap: bool = True) -> str:
 def _toml(value: Any) -> str:
     """A value as TOML. JSON's strings, numbers, booleans and lists are written the same there."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_toml(part)}" for key, part in value.items()) + " }"
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+        return "{ " + ", ".join(f"{_key(key)} = {_toml(part)}" for key, part in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def _key(name: str) -> str:
+    return name if name.isidentifier() else json.dumps(name)

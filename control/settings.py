@@ -39,6 +39,8 @@ _HOST_NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
 _USER_NAME = re.compile(r"^[a-z_][a-z0-9_-]{0,30}$")
 _FINGERPRINT = re.compile(r"^[0-9A-F]{40}$")
 _SSH_FINGERPRINT = re.compile(r"^SHA256:[A-Za-z0-9+/]{43}$")
+_UNIT_NAME = re.compile(r"^[A-Za-z0-9:_.@\\-]{1,240}\.(service|socket)$")
+_SSH_UNIT = re.compile(r"^sshd?(@.*)?\.(service|socket)$")
 _TAG = re.compile(r"^tag:[a-z][a-z0-9-]*$")
 # A DNS name, or an alias of ~/.ssh/config. Nothing in it starts an option or a shell construct.
 _DNS_NAME = re.compile(
@@ -66,10 +68,44 @@ _WORDS = {
     "bool_type": "must be true or false, without quotes",
     "tuple_type": "must be a list in square brackets",
     "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "extra_forbidden": "is not known there",
     "literal_error": "must be {expected}",
     "greater_than_equal": "must be {ge} or more",
     "less_than_equal": "must be {le} or less",
 }
+
+
+class PublicListener(BaseModel):
+    """A listener that may be public: the exception, and its reason."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    port: int = Field(ge=1, le=65535, strict=True)
+    protocol: Literal["tcp", "udp"] = "tcp"
+    # Whose processes: a name that is merely called like a service excuses nobody (quietport/ports.py).
+    unit: str | None = None
+    reason: str
+
+    @field_validator("unit")
+    @classmethod
+    def _unit(cls, value: str | None) -> str | None:
+        if value is not None:
+            _check(_UNIT_NAME, value, "must be a systemd unit such as caddy.service")
+        return value
+
+    @field_validator("reason")
+    @classmethod
+    def _reason(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must say why: it is shown wherever the exception is used")
+        return value.strip()
+
+    @model_validator(mode="after")
+    def _not_sshd(self) -> PublicListener:
+        if _SSH_UNIT.match(self.unit or "") or (self.protocol, self.port) == ("tcp", 22):
+            raise ValueError("cannot be sshd; break_glass_cidrs is the way to reach it in public")
+        return self
 
 
 class HostSettings(BaseModel):
@@ -151,6 +187,13 @@ class HostSettings(BaseModel):
         (),
         description="Networks that reach sshd at the public address too, also while the tailnet is down. "
         "sshd then listens on every address, and the firewall alone keeps the others out.",
+    )
+
+    public_listeners: tuple[PublicListener, ...] = Field(
+        (),
+        description="What may listen in public besides tailscaled and a DHCP client: port, protocol (tcp, "
+        "udp), unit whose processes may, and the reason, which is shown. Without a unit: a socket of the "
+        "kernel, such as WireGuard's. The firewall is not opened by it.",
     )
 
     docker_source: Literal["debian", "docker", "none"] = Field(
@@ -348,6 +391,14 @@ class HostSettings(BaseModel):
                     f"lets everybody in ({whole}); name the networks you come from, such as 203.0.113.0/24"
                 )
         return tuple(map(str, networks))
+
+    @field_validator("public_listeners")
+    @classmethod
+    def _listeners(cls, values: tuple[PublicListener, ...]) -> tuple[PublicListener, ...]:
+        places = [(value.protocol, value.port, value.unit) for value in values]
+        if len(set(places)) != len(places):
+            raise ValueError("names one port and unit twice")
+        return values
 
     @field_validator("tailnet_proxy")
     @classmethod

@@ -16,7 +16,7 @@ from facts.sshd import SshdFiles
 from operations import files
 from operations import programs as operations
 from quietport import sshd
-from quietport.hostfile import PUBLIC_NETWORKS, PUBLIC_SSHD
+from quietport.hostfile import PUBLIC_LISTENERS, PUBLIC_NETWORKS, PUBLIC_SSHD
 
 HOST_JSON = "/etc/quietport/host.json"
 SCHEMA = 1
@@ -28,7 +28,8 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
     name: the host's name in hosts.toml. hostname: its name on the tailnet. users: who may log in by SSH.
     agent_users, docker_users: accounts. docker_source: debian, docker or none. login_server: control server
     of the tailnet. secret_files: paths of the files that hold secrets. sshd_may_be_public: sshd may listen on
-    every address, while the firewall admits break_glass_cidrs alone.
+    every address, while the firewall admits break_glass_cidrs alone. public_listeners: what else may be
+    public, each with protocol, port, unit (or null) and reason.
     """
     return {
         "schema": SCHEMA,
@@ -42,6 +43,7 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
         "secret_files": sorted(settings.secrets),
         PUBLIC_SSHD: bool(settings.break_glass_cidrs),
         PUBLIC_NETWORKS: list(settings.break_glass_cidrs),
+        PUBLIC_LISTENERS: [one.model_dump(mode="json") for one in settings.public_listeners],
     }
 
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import one_host_at_most, sections, split
+from facts.shell import one_host_at_most, quoted, sections, split
 from facts.times import SHOW_START, newest, properties, stale, started_at
+from quietport.containers import ATTEMPTS, FORMAT, SHIM, parse_published
 from quietport.docker_user import backend_of
 from quietport.errors import HostProgramError
+from quietport.processes import shell_is_running
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 _SOURCES = (("docker-ce", "docker"), ("docker.io", "debian"))
+# What quietport.containers.published does, in shell: fails when Docker does not say and containers run.
+READ_PUBLISHED = (
+    f"if ! {shell_is_running('dockerd')}; then ! {shell_is_running(SHIM)}; exit; fi; "
+    f"for again in $(seq {ATTEMPTS}); do ids=$(docker ps -q --no-trunc) || continue; "
+    'test -n "$ids" || exit 0; '
+    f"found=$(docker inspect --format {quoted([FORMAT])} $ids) || continue; "
+    "printf '%s\\n' \"$found\"; exit 0; done; exit 1"
+)
 _SECTIONS = ("installed", "info", "config", "process", "mtimes", "now", "packages", "containers")
 
 
@@ -27,8 +38,7 @@ class PublishedPorts(FactBase[list[dict[str, Any]]]):
     @override
     def command(self) -> str:
         return sections(
-            ports="docker ps -q --no-trunc | xargs -r docker inspect "
-            "--format '{{json .Name}} {{json .NetworkSettings.Ports}}'"
+            ports=f"docker ps -q --no-trunc | xargs -r docker inspect --format {quoted([FORMAT])}"
         )
 
     @override
@@ -39,26 +49,7 @@ class PublishedPorts(FactBase[list[dict[str, Any]]]):
     @override
     @one_host_at_most
     def process(self, output: list[str]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for line in split(output, "ports")["ports"].text.splitlines():
-            try:
-                name, end = json.JSONDecoder().raw_decode(line)
-                ports = json.loads(line[end:])
-            except ValueError:
-                continue
-            for port, bindings in (ports or {}).items():
-                number, _, protocol = port.partition("/")
-                found += [
-                    {
-                        "container": str(name).lstrip("/"),
-                        "host_ip": binding.get("HostIp", ""),
-                        "host_port": int(binding.get("HostPort") or 0),
-                        "container_port": int(number),
-                        "protocol": protocol or "tcp",
-                    }
-                    for binding in bindings or []
-                ]
-        return found
+        return [asdict(port) for port in parse_published(split(output, "ports")["ports"].text)]
 
 
 class Docker(FactBase[dict[str, Any]]):

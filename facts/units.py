@@ -80,7 +80,7 @@ class OwnTimers(FactBase[list[str]]):
     def command(self) -> str:
         return sections(
             timers="cd /etc/systemd/system && for file in quietport-*.timer; do "
-            "[ -f \"$file\" ] && head -n 1 \"$file\" | grep -q '^# Written by quietport' && "
+            '[ -f "$file" ] && head -n 1 "$file" | grep -q \'^# Written by quietport\' && '
             'printf "%s\\n" "${file%.timer}"; done; true'
         )
 

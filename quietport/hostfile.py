@@ -23,6 +23,8 @@ HOST_JSON = Path("/etc/quietport/host.json")
 # Keys of host.json: sshd may listen on every address (break-glass), for the firewall to admit these networks.
 PUBLIC_SSHD = "sshd_may_be_public"
 PUBLIC_NETWORKS = "break_glass_cidrs"
+# Key of host.json: what else may be public, each with its reason.
+PUBLIC_LISTENERS = "public_listeners"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

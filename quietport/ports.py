@@ -1,59 +1,46 @@
-"""What listens on a host, who can reach it, and whether that may be.
+"""What listens on a host, who can reach it, and whether that may be: the one policy.
 
-Pure functions: the fact, the daily report, the command line and the specs all ask these.
+Pure functions: the facts, the daily report, the command line and the specs all ask these. What a host knows
+of itself comes as `Evidence`; of the text of ss alone, which may come from anywhere, less can be said.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from quietport.errors import HostProgramError
+from quietport.containers import Published
 from quietport.net import TAILNET_INTERFACE, Interfaces, in_tailnet_ranges, parse_address
 from quietport.processes import Program
+from quietport.serve import Served
+from quietport.ss import Listener, Process
 
 Exposure = Literal["loopback", "tailnet", "private", "public"]
 Verdict = Literal["ok", "allowed", "violation"]
 
 
 @dataclass(frozen=True)
-class Process:
-    """One process that holds a socket, as ss shows it. `name` is what the process calls itself."""
-
-    name: str
-    pid: int
-
-
-@dataclass(frozen=True)
-class Listener:
-    """One listening socket. `address` is as ss wrote it, without brackets and zone; "*" is both families.
-
-    `zone` is the interface the socket is bound to, or "".
-    """
-
-    protocol: Literal["tcp", "udp"]
-    address: str
-    port: int
-    zone: str = ""
-    processes: tuple[Process, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """Address with its zone, as the reports show it."""
-        return f"{self.address}%{self.zone}" if self.zone else self.address
-
-
-@dataclass(frozen=True)
 class Judged:
-    """A listener with its exposure and the policy's verdict. `hint` is the way to mend a violation."""
+    """A listener with its exposure and the policy's verdict.
+
+    `hint` is the way to mend a violation, or the reason of a declared exception. `container` is whose port
+    it is. `service` names what answers where no process holds a socket, as for Funnel.
+    """
 
     listener: Listener
     exposure: Exposure
     verdict: Verdict
     unit: str = ""
     hint: str = ""
+    container: str = ""
+    service: str = ""
+
+    @property
+    def process(self) -> str:
+        """Names of all the processes, with the container they work for."""
+        names = ", ".join(dict.fromkeys(process.name for process in self.listener.processes)) or self.service
+        return f"{names} ({self.container})" if self.container else names
 
     def to_json(self) -> dict[str, Any]:
         """Keys of the report: process and unit name every one of several, pid is the first."""
@@ -62,7 +49,7 @@ class Judged:
             "protocol": self.listener.protocol,
             "address": self.listener.where,
             "port": self.listener.port,
-            "process": ", ".join(dict.fromkeys(process.name for process in processes)),
+            "process": self.process,
             "pid": processes[0].pid if processes else None,
             "unit": self.unit,
             "exposure": self.exposure,
@@ -78,96 +65,52 @@ class PublicSshd:
     problem: str = ""
 
 
-# --- reading ss -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Declared:
+    """A public listener that hosts.toml allows, with its reason.
 
-_HEADER = re.compile(
-    r"\s*(Netid\s+)?State\s+Recv-Q\s+Send-Q\s+Local Address:Port\s+Peer Address:Port\s*(Process)?"
-    r"[ \t]*\r?(\n|$)"
-)
-# A row begins at a line's start and is recognised down to its peer: a process may have a newline in its
-# name, but 15 bytes are too few to imitate all this.
-_ROW = re.compile(
-    r"^(?:(?P<netid>\S+)[ \t]+)?(?P<state>LISTEN|UNCONN)[ \t]+\d+[ \t]+\d+[ \t]+"
-    r"(?P<local>\S+):(?P<port>\d+)[ \t]+(?P<peer>\S+):(?:\*|\d+)(?=[ \t\r\n]|users:|\Z)",
-    re.MULTILINE,
-)
-_USERS = re.compile(r"users:\((?P<entries>\(.*\))\)", re.DOTALL)
-# The kernel keeps 15 bytes of a name. With that limit the longest match is the right one even for a name
-# that imitates ss's own syntax, such as `",pid=1,fd=3),(`: what follows a true name is longer than 15.
-_USER = re.compile(r'\("(?P<name>.{0,15})",pid=(?P<pid>\d{1,10}),fd=\d+\)(?:,|\Z)', re.DOTALL)
-_LOCAL = re.compile(
-    r"(?:\[(?P<six>[0-9A-Fa-f:.]+)(?:%(?P<inner>[^\s/\[\]]{1,15}))?\]|(?P<four>\*|[0-9.]+))"
-    r"(?:%(?P<outer>[^\s/\[\]]{1,15}))?"
-)
-_STATES = {"LISTEN": "tcp", "UNCONN": "udp"}
-
-
-def parse_ss(text: str) -> list[Listener]:
-    """Read what `ss -lntup` or `ss -lntp` prints, with or without its header and Netid column.
-
-    Raises HostProgramError for anything that is not understood, down to a single row: what cannot be read
-    must never look like a quiet host. A header alone is a host on which nothing listens; no byte is an error.
+    It is for the processes of one systemd unit; without `unit`, for a socket that no process holds, as the
+    kernel's own (WireGuard).
     """
-    if not text:
-        raise HostProgramError("There is no output of ss to read, not even its header.")
-    header = _HEADER.match(text)
-    body = text[header.end() :] if header else text
-    rows = list(_ROW.finditer(body))
-    before = body[: rows[0].start()] if rows else body
-    if before.strip() or not (rows or header):
-        raise _not_understood(before)
-    ends = [*(row.start() for row in rows[1:]), len(body)]
-    # Not strict: without rows there is still an end.
-    return [_listener(row, body[row.end() : end]) for row, end in zip(rows, ends, strict=False)]
+
+    protocol: str
+    port: int
+    reason: str
+    unit: str = ""
 
 
-def _not_understood(text: str) -> HostProgramError:
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    return HostProgramError(f"This is not what ss -lntup prints: {line.strip()[:80]!r}")
+def parse_declared(entries: Any) -> tuple[Declared, ...]:
+    """The exceptions in host.json. One that is not understood excuses nothing, and is left out."""
+    found = []
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict):
+            continue
+        protocol, port, reason = entry.get("protocol"), entry.get("port"), entry.get("reason")
+        unit = entry.get("unit") or ""
+        texts = isinstance(reason, str) and isinstance(unit, str) and bool(str(reason).strip())
+        if protocol in ("tcp", "udp") and isinstance(port, int) and texts:
+            found.append(Declared(protocol, port, str(reason), unit))
+    return tuple(found)
 
 
-def _listener(row: re.Match[str], tail: str) -> Listener:
-    protocol = _STATES[row["state"]]
-    port = int(row["port"][:6])
-    if row["netid"] not in (None, protocol) or not 1 <= port <= 65535:
-        raise _not_understood(row[0])
-    address, zone = _local_address(row["local"])
-    return Listener(
-        protocol="tcp" if protocol == "tcp" else "udp",
-        address=address,
-        port=port,
-        zone=zone,
-        processes=_processes(tail.strip()),
-    )
+@dataclass(frozen=True)
+class Evidence:
+    """What a host knows of itself.
 
+    `programs`: what each process really is, by pid. `socket_units`: the sockets that systemd listens on
+    itself, as `parse_socket_units` gives them. `published`: by Docker; `served`: by tailscaled; `vsock`: for
+    the machine that runs this one.
+    """
 
-def _local_address(text: str) -> tuple[str, str]:
-    """Address and zone of `[fe80::1]%eth0`, `[fe80::1%eth0]`, `0.0.0.0%eth0`, `*` and the like."""
-    found = _LOCAL.fullmatch(text)
-    if found is None:
-        raise _not_understood(text)
-    address = found["six"] or found["four"]
-    if address != "*":
-        try:
-            parse_address(address)
-        except ValueError:
-            raise _not_understood(text) from None
-    return address, found["inner"] or found["outer"] or ""
-
-
-def _processes(tail: str) -> tuple[Process, ...]:
-    if not tail:
-        return ()
-    users = _USERS.fullmatch(tail)
-    entries = users["entries"] if users else ""
-    found: list[Process] = []
-    position = 0
-    while position < len(entries) and (entry := _USER.match(entries, position)):
-        found.append(Process(name=entry["name"], pid=int(entry["pid"])))
-        position = entry.end()
-    if not found or position < len(entries) or entries.endswith(","):
-        raise _not_understood(tail)
-    return tuple(dict.fromkeys(found))
+    listeners: Sequence[Listener]
+    interfaces: Interfaces
+    programs: Mapping[int, Program] = field(default_factory=dict)
+    public_sshd: PublicSshd | None = None
+    declared: Sequence[Declared] = ()
+    socket_units: Mapping[tuple[str, str, int], str] = field(default_factory=dict)
+    published: Sequence[Published] = ()
+    served: Sequence[Served] = ()
+    vsock: Sequence[Listener] = ()
 
 
 # --- who can reach it -----------------------------------------------------------------------------
@@ -224,6 +167,8 @@ _DHCP_EXECUTABLES = frozenset(
 _TAILSCALED = Program(unit="tailscaled.service", executable="/usr/sbin/tailscaled")
 _SSHD = Program(unit="ssh.service", executable="/usr/sbin/sshd")
 _SSH_PORT = 22
+_SSH_UNITS = ("ssh.service", "sshd.service", "ssh.socket", "sshd.socket")
+_DOCKER = "docker.service"
 
 
 def judge(
@@ -231,21 +176,151 @@ def judge(
     interfaces: Interfaces | None,
     programs: Mapping[int, Program] | None = None,
     public_sshd: PublicSshd | None = None,
+    *,
+    declared: Collection[Declared] = (),
+    published: Sequence[Published] = (),
+    socket_units: Mapping[tuple[str, str, int], str] | None = None,
 ) -> Judged:
     """Exposure and verdict of `listener`.
 
     `programs` says what each process really is (by its pid). Without it, names are believed, which is right
     only for text that came from elsewhere: on a host any process can call itself tailscaled. `public_sshd`
-    is given where sshd was told to listen on every address.
+    is given where sshd was told to listen on every address; the rest is as in `Evidence`.
     """
     exposure = classify(listener, interfaces)
-    units = [programs.get(process.pid, Program()).unit for process in listener.processes] if programs else []
-    unit = ", ".join(dict.fromkeys(name for name in units if name))
+    holders = _holders(listener, programs, socket_units or {})
+    container = ""
+    if set(holders) == {_DOCKER}:
+        container = next((port.container for port in published if port.is_held_by(listener)), "")
     result = verdict(listener, exposure, programs)
-    hint = _hint(listener, unit) if result == "violation" else ""
-    if result == "violation" and public_sshd is not None and _is_public_sshd(listener, programs or {}):
-        result, hint = ("violation" if public_sshd.problem else "allowed"), public_sshd.problem
-    return Judged(listener=listener, exposure=exposure, verdict=result, unit=unit, hint=hint)
+    hint = ""
+    if result == "violation":
+        result, hint = _excuse(listener, holders, programs, public_sshd, declared)
+    return Judged(listener, exposure, result, _named(holders), hint, container)
+
+
+def judge_host(evidence: Evidence) -> list[Judged]:
+    """Everything that can be reached on a host: its sockets, and what answers without one."""
+    sockets = [
+        judge(
+            listener,
+            evidence.interfaces,
+            evidence.programs,
+            evidence.public_sshd,
+            declared=evidence.declared,
+            published=evidence.published,
+            socket_units=evidence.socket_units,
+        )
+        for listener in evidence.listeners
+    ]
+    held = [entry.listener for entry in sockets if entry.unit == _DOCKER]
+    forwarded = [
+        _forwarded(port, evidence)
+        for port in evidence.published
+        if port.host_port and not any(port.is_held_by(listener) for listener in held)
+    ]
+    return [
+        *sockets,
+        *forwarded,
+        *(_answered(served) for served in evidence.served),
+        *(_on_vsock(listener, evidence) for listener in evidence.vsock),
+    ]
+
+
+def _holders(
+    listener: Listener,
+    programs: Mapping[int, Program] | None,
+    socket_units: Mapping[tuple[str, str, int], str],
+) -> list[str]:
+    """The unit of each process that holds the socket, "" where it is in none or not known.
+
+    PID 1 holds what socket units listen on: there it is that unit.
+    """
+    if programs is None:
+        return []
+    address = "::" if listener.address == "*" and listener.protocol != "vsock" else listener.address
+    own = socket_units.get((listener.protocol, address, listener.port), "")
+    known = {process.pid: programs.get(process.pid, Program()).unit for process in listener.processes}
+    return [own or unit if pid == 1 else unit for pid, unit in known.items()]
+
+
+def _named(holders: Sequence[str]) -> str:
+    return ", ".join(unit for unit in dict.fromkeys(holders) if unit)
+
+
+def _excuse(
+    listener: Listener,
+    holders: Sequence[str],
+    programs: Mapping[int, Program] | None,
+    public_sshd: PublicSshd | None,
+    declared: Collection[Declared],
+) -> tuple[Verdict, str]:
+    """What becomes of a public listener that is none of tailscaled's or a DHCP client's, and the hint."""
+    if public_sshd is not None and _is_public_sshd(listener, programs or {}):
+        return ("violation" if public_sshd.problem else "allowed"), public_sshd.problem
+    if programs is not None and not _is_sshd(listener, holders):
+        reason = _reason(listener, holders, declared)
+        if reason:
+            return "allowed", reason
+    whose = [one.unit or "the kernel" for one in declared if _is_at(one, listener)]
+    note = f"hosts.toml declares this port for {', '.join(whose)} alone. " if whose else ""
+    return "violation", note + _hint(listener, holders, believed=programs is None)
+
+
+def _is_at(exception: Declared, listener: Listener) -> bool:
+    return (exception.protocol, exception.port) == (listener.protocol, listener.port)
+
+
+def _reason(listener: Listener, holders: Collection[str], declared: Collection[Declared]) -> str:
+    """The reason why hosts.toml lets this be public, every one of its holders included; else ""."""
+    for exception in declared:
+        wanted = {_service(exception.unit)} if exception.unit else set()
+        if _is_at(exception, listener) and set(map(_service, holders)) == wanted:
+            return f"Declared in hosts.toml: {exception.reason}"
+    return ""
+
+
+def _service(unit: str) -> str:
+    """The service of a socket unit (systemd.socket(5), Service=): both hold the socket once it is started."""
+    return f"{unit.removesuffix('.socket')}.service" if unit.endswith(".socket") else unit
+
+
+def _forwarded(port: Published, evidence: Evidence) -> Judged:
+    """A port that Docker forwards by packet filter rules alone: no process holds it."""
+    listener = Listener(port.protocol, port.host_ip or "*", port.host_port)
+    exposure = classify(listener, evidence.interfaces)
+    judged = Judged(listener, exposure, "ok", _DOCKER, container=port.container, service="docker")
+    if exposure != "public":
+        return judged
+    reason = _reason(listener, {_DOCKER}, evidence.declared)
+    return replace(judged, verdict="allowed" if reason else "violation", hint=reason or _PUBLISHED_HINT)
+
+
+def _answered(served: Served) -> Judged:
+    """A port that tailscaled answers itself. With Funnel the Internet reaches it by the tailnet's relays."""
+    unit = _TAILSCALED.unit
+    if not served.funnel:
+        listener = Listener("tcp", served.name or "*", served.port, zone="" if served.name else "tailscale0")
+        return Judged(listener, "tailnet", "ok", unit, service="tailscale serve")
+    off = f"switch it off: tailscale funnel --{served.kind}={served.port} off"
+    if served.foreground:
+        off = "end the `tailscale funnel` that runs in the foreground"
+    hint = f"Funnel publishes this to the Internet, past every firewall. If nobody meant it to, {off}."
+    return Judged(
+        Listener("tcp", served.name, served.port),
+        "public",
+        "violation",
+        unit,
+        hint,
+        service="tailscale funnel",
+    )
+
+
+def _on_vsock(listener: Listener, evidence: Evidence) -> Judged:
+    """A socket for the machine that runs this one, as systemd-ssh-generator(8) makes for sshd."""
+    unit = _named(_holders(listener, evidence.programs, evidence.socket_units))
+    service = "sshd" if listener.port == _SSH_PORT and not listener.processes else ""
+    return Judged(listener, "private", "ok", unit, service=service)
 
 
 def verdict(listener: Listener, exposure: Exposure, programs: Mapping[int, Program] | None = None) -> Verdict:
@@ -263,13 +338,11 @@ def _excused(listener: Listener, process: Process, programs: Mapping[int, Progra
     if programs is None:
         return process.name == "tailscaled" or (dhcp and process.name in _DHCP_NAMES)
     program = programs.get(process.pid, Program())
-    # An upgrade replaces the file before it restarts the service.
-    executable = program.executable.removesuffix(" (deleted)")
-    if Program(unit=program.unit, executable=executable) == _TAILSCALED:
+    if _as_installed(program) == _TAILSCALED:
         return True
     # A container has a root of its own, in which any path can be any program.
     contained = program.unit == "" or program.unit.startswith(("docker-", "libpod-", "cri-containerd-"))
-    return dhcp and not contained and executable in _DHCP_EXECUTABLES
+    return dhcp and not contained and _as_installed(program).executable in _DHCP_EXECUTABLES
 
 
 def _is_public_sshd(listener: Listener, programs: Mapping[int, Program]) -> bool:
@@ -287,26 +360,39 @@ def _as_installed(program: Program) -> Program:
     return Program(unit=program.unit, executable=program.executable.removesuffix(" (deleted)"))
 
 
-def _hint(listener: Listener, unit: str) -> str:
+def _is_sshd(listener: Listener, holders: Sequence[str]) -> bool:
+    """Whether this is sshd's, or at its place: no exception excuses that, break_glass_cidrs is for it."""
+    of_ssh = any(unit in _SSH_UNITS or unit.startswith(("ssh@", "sshd@")) for unit in holders)
+    return of_ssh or (listener.protocol, listener.port) == ("tcp", _SSH_PORT)
+
+
+_SSHD_HINT = (
+    "sshd can be reached by everyone. Converge the host again; by hand: name the tailnet address in "
+    "a ListenAddress line of /etc/ssh/sshd_config.d/00-quietport.conf and no other anywhere, mask "
+    "ssh.socket, run sshd -t, restart ssh.service, and log in over the tailnet before you close "
+    "this session."
+)
+_PUBLISHED_HINT = (
+    "A container publishes this port on every address; the DOCKER-USER chain shields it. "
+    "Publish it on 127.0.0.1 (ports: 127.0.0.1:8080:80) and create the container anew."
+)
+
+
+def _hint(listener: Listener, holders: Sequence[str], *, believed: bool) -> str:
+    """The way to mend a violation. `believed`: nothing but the processes' names is known."""
     names = {process.name for process in listener.processes}
     if not names:
         return "No process is shown: run this as root, or look for a kernel service (WireGuard, NFS)."
-    socket_activated = listener.port == 22 and "systemd" in names
-    if "sshd" in names or unit in ("ssh.socket", "ssh.service") or socket_activated:
-        return (
-            "sshd can be reached by everyone. Converge the host again; by hand: name the tailnet address in "
-            "a ListenAddress line of /etc/ssh/sshd_config.d/00-quietport.conf and no other anywhere, mask "
-            "ssh.socket, run sshd -t, restart ssh.service, and log in over the tailnet before you close "
-            "this session."
-        )
-    if "docker-proxy" in names:
-        return (
-            "A container publishes this port on every address; the DOCKER-USER chain shields it. "
-            "Publish it on 127.0.0.1 (ports: 127.0.0.1:8080:80) and create the container anew."
-        )
-    if "tailscaled" in names:
-        return "It calls itself tailscaled but is not the program of tailscaled.service: find out what it is."
-    what = f"systemctl disable --now {unit}" if unit.endswith(".service") else "stop the program"
+    socket_activated = listener.port == _SSH_PORT and "systemd" in names
+    if "sshd" in names or any(unit in _SSH_UNITS for unit in holders) or socket_activated:
+        return _SSHD_HINT
+    if _DOCKER in holders or (believed and "docker-proxy" in names):
+        return _PUBLISHED_HINT
+    for name, unit in (("tailscaled", _TAILSCALED.unit), ("docker-proxy", _DOCKER)):
+        if name in names:
+            return f"It calls itself {name} but is not the program of {unit}: find out what it is."
+    unit = _named(holders)
+    what = f"systemctl disable --now {unit}" if unit.endswith((".service", ".socket")) else "stop the program"
     return f"Bind it to 127.0.0.1 or to the tailnet address in its configuration, or {what}."
 
 

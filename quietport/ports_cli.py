@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quietport.errors import FINE, PROBLEM, HostProgramError, printable
-from quietport.ports import Judged, Listener, judge, parse_ss, report
+from quietport.ports import Judged, judge, report
+from quietport.ss import parse_ss
 from quietport.survey import survey
 
 MAX_INPUT_BYTES = 64 << 20
@@ -25,7 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(argv)
     judged = survey() if options.from_ss is None else from_text(_read(options.from_ss))
-    print(json.dumps(report(judged)) if options.json else table(judged))
+    document = report(judged)
+    print(json.dumps(document) if options.json else table(document["listeners"]))
     return PROBLEM if any(entry.verdict == "violation" for entry in judged) else FINE
 
 
@@ -34,29 +38,40 @@ def from_text(text: str) -> list[Judged]:
     return [judge(listener, None) for listener in parse_ss(text)]
 
 
-def table(judged: list[Judged]) -> str:
-    """The listeners for a reader, the most exposed first, and how to mend each violation."""
-    if not judged:
+def table(listeners: Sequence[Mapping[str, Any]]) -> str:
+    """The listeners of a report for a reader, the most exposed first, and below what there is to say of them.
+
+    Those are the ways to mend the violations, and the reasons of declared exceptions.
+    """
+    if not listeners:
         return "Nothing listens."
-    order = ["public", "private", "tailnet", "loopback"]
     rows = [("EXPOSURE", "VERDICT", "PROTO", "ADDRESS", "PROCESS", "UNIT")]
     hints: list[str] = []
-    for entry in sorted(judged, key=lambda entry: order.index(entry.exposure)):
-        protocol, where = entry.listener.protocol, _where(entry.listener)
-        process = str(entry.to_json()["process"])
-        rows.append((entry.exposure, entry.verdict, protocol, where, process or "-", entry.unit or "-"))
-        if entry.hint:
-            hints.append(f"{protocol} {where}: {entry.hint}")
-    lines = _aligned([[printable(cell) for cell in row] for row in rows])
-    return "\n".join(lines + ([""] if hints else []) + hints)
+    for entry in sorted(listeners, key=_openness):
+        protocol, where = _text(entry, "protocol"), _where(entry)
+        process, unit = _text(entry, "process") or "-", _text(entry, "unit") or "-"
+        rows.append((_text(entry, "exposure"), _text(entry, "verdict"), protocol, where, process, unit))
+        if hint := _text(entry, "hint"):
+            hints.append(f"{protocol} {where}: {hint}")
+    return "\n".join(_aligned(rows) + ([""] if hints else []) + hints)
 
 
-def _where(listener: Listener) -> str:
-    address = f"[{listener.where}]" if ":" in listener.address else listener.where
-    return f"{address}:{listener.port}"
+def _openness(entry: Mapping[str, Any]) -> int:
+    known = ["public", "private", "tailnet", "loopback"]
+    return known.index(entry["exposure"]) if entry.get("exposure") in known else 0
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def _text(entry: Mapping[str, Any], key: str) -> str:
+    return printable(str(entry.get(key, "")))
+
+
+def _where(entry: Mapping[str, Any]) -> str:
+    address, port = _text(entry, "address"), _text(entry, "port")
+    # Every port is 0: a tailnet service that has an address of its own.
+    return f"[{address}]:{port}" if address.count(":") > 1 else f"{address}:{port}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +64,59 @@ def program_of(pid: int, *, proc: Path = Path("/proc")) -> Program:
     except OSError:
         executable = ""
     return Program(unit=unit, executable=executable)
+
+
+def is_running(name: str, *, proc: Path = Path("/proc")) -> bool:
+    """Whether any process of this host calls itself `name` (15 bytes of it), those in containers left out.
+
+    Anyone can: the answer may only make a caller more careful. A container's processes have one more number
+    in NSpid (proc_pid_status(5)); its Docker is not the host's.
+    """
+    wanted = name.encode()[:15]
+    for folder in proc.iterdir():
+        if folder.name.isdigit():
+            try:
+                if (folder / "comm").read_bytes().rstrip(b"\n") != wanted:
+                    continue
+                status = (folder / "status").read_bytes()
+            except OSError:
+                continue
+            spaces = next((line for line in status.split(b"\n") if line.startswith(b"NSpid:")), b"")
+            if len(spaces.split()) <= 2:
+                return True
+    return False
+
+
+def shell_is_running(name: str) -> str:
+    """A shell command that succeeds when `is_running(name)` is true on the host it runs on."""
+    program = f'/^Name:/ {{ name = $2 }} /^NSpid:/ && NF == 2 && name == "{name[:15]}" {{ found = 1 }}'
+    return f"cat /proc/[0-9]*/status 2>/dev/null | awk '{program} END {{ exit !found }}'"
+
+
+# Read by `parse_socket_units`.
+SHOW_SOCKET_UNITS = ("systemctl", "show", "-p", "Id", "-p", "ActiveState", "-p", "Listen", "*.socket")
+_LISTEN = re.compile(
+    r"Listen=(?:vsock:(?P<cid>\d*)|\[(?P<six>[^]]+)\]|(?P<four>[\d.]+)):(?P<port>\d+) \((?P<kind>\w+)\)"
+)
+_EVERY_CID = ("", "4294967295")
+
+
+def parse_socket_units(text: str) -> dict[tuple[str, str, int], str]:
+    """(protocol, address, port) = socket unit, of the active ones in what SHOW_SOCKET_UNITS prints.
+
+    Addresses are written as ss does; "*" is every CID of vsock. What is not understood is left out: the unit
+    of such a socket is then PID 1's.
+    """
+    found: dict[tuple[str, str, int], str] = {}
+    for block in text.split("\n\n"):
+        lines = block.split("\n")
+        unit = next((line[3:] for line in lines if line.startswith("Id=")), "")
+        if "ActiveState=active" not in lines:
+            continue
+        for listen in filter(None, map(_LISTEN.fullmatch, lines)):
+            protocol = {"Stream": "tcp", "Datagram": "udp"}.get(listen["kind"], "")
+            address = listen["six"] or listen["four"] or ""
+            if listen["cid"] is not None:
+                protocol, address = "vsock", "*" if listen["cid"] in _EVERY_CID else listen["cid"]
+            found[protocol, address, int(listen["port"])] = unit
+    return found

@@ -31,6 +31,7 @@ from facts import (
     ufw,
     units,
 )
+from facts.docker import READ_PUBLISHED
 
 FIXTURES = Path(__file__).parent
 # Facts of this folder; others keep their tests with their operations.
@@ -62,7 +63,8 @@ for _folder in sorted(FIXTURES.glob("*.*/")):
 
 def test_every_fact_has_fixtures() -> None:
     covered = {folder.name for folder in FIXTURES.glob("*.*/") if folder.is_dir()}
-    expected = {fact.name.removeprefix("facts.") for fact, _ in COMMANDS} | {"sockets.ListeningSockets"}
+    expected = {fact.name.removeprefix("facts.") for fact, _ in COMMANDS}
+    expected |= {"sockets.ListeningSockets", "sockets.Reachable"}
     assert expected <= covered
 
 
@@ -108,6 +110,64 @@ def test_sockets_that_could_not_be_read_are_not_a_quiet_host() -> None:
     ]
     with pytest.raises(FactProcessError, match="iproute2"):
         sockets.ListeningSockets().process(output)
+
+
+@pytest.mark.parametrize(("silent", "words"), [("published", "status docker"), ("served", "serve status")])
+def test_a_daemon_that_does_not_answer_is_not_one_that_has_nothing(silent: str, words: str) -> None:
+    """Docker may forward ports and tailscaled may have a Funnel: the host fails, and says where to look."""
+    parts = {
+        "sockets": "Netid State Recv-Q Send-Q Local Address:Port Peer Address:PortProcess",
+        "addresses": '[{"ifname": "lo", "link_type": "loopback"}]',
+        **dict.fromkeys(("routes4", "routes6"), "[]"),
+        **dict.fromkeys(("programs", "declared", "filter4", "filter6"), ""),
+        **dict.fromkeys(("vsock", "units", "published", "served"), ""),
+    }
+
+    def answer(code: int) -> list[str]:
+        codes = {silent: code}
+        return [
+            line
+            for name, text in parts.items()
+            for line in (f"##{name}", f"|{text}", "|", f"|{codes.get(name, 0)}")
+        ]
+
+    assert sockets.Reachable().process(answer(0)) == []
+    with pytest.raises(FactProcessError, match=words):
+        sockets.Reachable().process(answer(1))
+
+
+@pytest.mark.parametrize(
+    ("programs", "spaces", "docker", "expected"),
+    [
+        ((), "7", "exit 9", (0, "")),
+        (("containerd-shim",), "7", "exit 9", (1, "")),
+        (("dockerd",), "7", "exit 9", (1, "")),
+        (("dockerd",), "7", "true", (0, "")),
+        # Those of a container.
+        (("dockerd", "containerd-shim"), "7\t1", "exit 9", (0, "")),
+        (("dockerd",), "7", 'test "$1" = ps && echo abc || printf "%s\\n" "$*"', (0, "inspect --format")),
+        (("dockerd",), "7", 'test "$1" = ps && echo abc || exit 1', (1, "")),
+    ],
+)
+def test_docker_is_asked_when_it_runs_and_must_answer(
+    programs: tuple[str, ...], spaces: str, docker: str, expected: tuple[int, str], tmp_path: Path
+) -> None:
+    """The shell command itself, with a docker that stands in and names of processes in files."""
+    for number, name in enumerate(programs):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "status").write_text(f"Name:\t{name}\nNSpid:\t{spaces}\n")
+    stand_in = tmp_path / "bin" / "docker"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f"#!/bin/sh\n{docker}\n")
+    stand_in.chmod(0o755)
+    command = READ_PUBLISHED.replace("/proc/", f"{tmp_path}/")
+    environment = {"PATH": f"{stand_in.parent}:/usr/bin:/bin"}
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == expected[0]
+    assert done.stdout.startswith(expected[1])
+    assert bool(done.stdout) == bool(expected[1])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +249,7 @@ def test_names_typed_on_the_command_line(fact: Any) -> None:
     assert fact.command("a.service") == fact.command(("a.service",))
 
 
-_FUZZED = [*COMMANDS, (sockets.ListeningSockets(), ())]
+_FUZZED = [*COMMANDS, (sockets.ListeningSockets(), ()), (sockets.Reachable(), ())]
 _LINES = st.lists(
     st.sampled_from(
         ["", "0", "x", "a=b", "MainPID=x", "pid 7", "[]", "{}", "[1]", '{"v1": 1}', '{"Self": 1}', "-"]

@@ -60,6 +60,10 @@ class Reading:
         """The same, as JSON."""
         return json.loads(self.text(command, *args))
 
+    def reachable(self) -> list[dict[str, Any]]:
+        """What can be reached on the host, as `quietport ports` there says; it fails when it cannot tell."""
+        return list(self.json("quietport ports --json || test $? -eq 1")["listeners"])
+
     def unit(self, unit: str) -> Mapping[str, str]:
         """What systemd says about one unit. `is-enabled` is not asked: it fails for masked units."""
         shown = self.lines("systemctl show -p LoadState,ActiveState,Result,ExecMainStatus -- %s", unit)

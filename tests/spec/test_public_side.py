@@ -13,37 +13,38 @@ import pytest
 
 from control.settings import HostSettings
 from facts.docker import PublishedPorts
-from facts.sockets import ListeningSockets
 from lab import public, scan
 from tests.spec.public_side import Seen, lab_target
 from tests.spec.reading import Reading
 
 
 def test_nothing_listens_for_the_public(reading: Reading, settings: HostSettings) -> None:
-    """The daily report's policy, which excepts tailscaled and a DHCP client's UDP.
+    """The policy, which excepts tailscaled, a DHCP client's UDP, and what hosts.toml declares.
 
-    A port that a container publishes on every address has a listener too. The chain shields it, which is
+    A port that a container publishes on every address is a violation too. The chain shields it, which is
     judged by probing, below.
     """
-    sockets = reading.fact(ListeningSockets)
-    assert len(sockets) > 2, "a host on which nothing at all listens was not read right"
+    found = reading.reachable()
+    assert len(found) > 2, "a host on which nothing at all listens was not read right"
     shielded = {port["host_port"] for port in reading.fact(PublishedPorts)}
-    wrong = [socket for socket in sockets if socket["verdict"] == "violation"]
-    assert [one for one in wrong if (one["process"], one["port"] in shielded) != ("docker-proxy", True)] == []
-    over_tcp = [one for one in sockets if one["exposure"] == "public" and one["protocol"] == "tcp"]
-    declared = {"sshd"} if settings.break_glass_cidrs else set()
-    assert {one["process"] for one in over_tcp} <= {"docker-proxy"} | declared
+    wrong = [one for one in found if one["verdict"] == "violation"]
+    assert [one for one in wrong if (one["unit"], one["port"] in shielded) != ("docker.service", True)] == []
+    over_tcp = [one for one in found if one["exposure"] == "public" and one["protocol"] == "tcp"]
+    declared = {"ssh.service"} if settings.break_glass_cidrs else set()
+    declared |= {one.unit for one in settings.public_listeners if one.unit}
+    assert {one["unit"] for one in over_tcp} <= {"docker.service"} | declared
 
 
 def test_a_full_scan_finds_nothing_open(
     reading: Reading, settings: HostSettings, full_scan: Future[Seen], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All 65535 TCP ports of every public address, IPv4 and IPv6. With break_glass_cidrs, but for 22."""
+    """All 65535 TCP ports of every public address, IPv4 and IPv6, but for those that hosts.toml declares."""
     seen = full_scan.result()
     with capsys.disabled():
         print(f" [{reading.name}: {', '.join(seen.open)} probed from {seen.where}]", end="")
     assert seen.open
     declared = {22} if settings.break_glass_cidrs else set()
+    declared |= {one.port for one in settings.public_listeners if one.protocol == "tcp"}
     assert {address: ports for address, ports in seen.open.items() if set(ports) - declared} == {}
 
 

@@ -59,4 +59,7 @@ def test_the_report_is_there(reading: Reading) -> None:
     if state["kind"] == "absent":
         pytest.skip("the daily report has not run yet on this host")
     assert (state["kind"], state["user"], state["mode"]) == ("file", "root", "0640")
-    assert json.loads(reading.fact(FileText, REPORT))["schema"] == 1
+    document = json.loads(reading.fact(FileText, REPORT))
+    assert document["schema"] == 1
+    assert document["ok"] == all(one["verdict"] != "violation" for one in document["listeners"])
+    assert {"protocol", "address", "port", "exposure", "verdict", "hint"} <= set(document["listeners"][0])

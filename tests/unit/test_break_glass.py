@@ -23,8 +23,9 @@ from quietport import sshd, sshd_wait, survey
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_NETWORKS, PUBLIC_SSHD
 from quietport.net import Interfaces
-from quietport.ports import Listener, Process, PublicSshd, judge
+from quietport.ports import PublicSshd, judge
 from quietport.processes import Program
+from quietport.ss import Listener, Process
 from quietport.sshd_apply import Host
 
 OFFICE = "203.0.113.0/24"

@@ -19,7 +19,8 @@ from quietport.hostfile import (
     read_json,
     write_atomic,
 )
-from quietport.ports import Judged, Listener
+from quietport.ports import Judged
+from quietport.ss import Listener
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:

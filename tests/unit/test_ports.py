@@ -18,8 +18,9 @@ from quietport import ports_cli
 from quietport.cli import main
 from quietport.errors import HostProgramError
 from quietport.net import Interfaces, parse_interfaces
-from quietport.ports import Listener, Process, classify, judge, parse_ss, verdict
+from quietport.ports import classify, judge, verdict
 from quietport.processes import Program, unit_of
+from quietport.ss import Listener, Process, parse_ss
 
 HEADER = "Netid State  Recv-Q Send-Q Local Address:Port Peer Address:PortProcess\n"
 ROW = "tcp   LISTEN 0      128          0.0.0.0:22        0.0.0.0:*    "
@@ -372,7 +373,8 @@ def test_exit_codes(
 
 
 def test_a_name_cannot_steer_the_terminal() -> None:
-    text = ports_cli.table([judge(one("0.0.0.0:22", tail='users:(("\x1b[2Ja\nb",pid=10,fd=3))'), None)])
+    judged = judge(one("0.0.0.0:22", tail='users:(("\x1b[2Ja\nb",pid=10,fd=3))'), None)
+    text = ports_cli.table([judged.to_json()])
     assert "\x1b" not in text
     assert "?[2Ja?b" in text
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from control.errors import QuietportError, SettingsError
 from control.labs import running_lab_files
 from control.settings import HostSettings, hosts_file, load_fleet, nearest, parse_fleet
+from deploys import programs
+from quietport.ports import Declared, parse_declared
 
 FILE = Path("/etc/quietport-test/hosts.toml")
 
@@ -148,6 +150,21 @@ def test_two_hosts_behind_one_address_may_differ_by_port() -> None:
         ("secrets", '{ "/etc/x/y" = "value" }'),
         ("secrets", '["/etc/x/y"]'),
         ("prune_foreign", '"false"'),
+        ("public_listeners", '["443/tcp"]'),
+        ("public_listeners", '{ port = 443, reason = "x" }'),
+        ("public_listeners", "[{ port = 443 }]"),
+        ("public_listeners", '[{ port = 443, reason = " " }]'),
+        ("public_listeners", '[{ reason = "x" }]'),
+        ("public_listeners", '[{ port = "443", reason = "x" }]'),
+        ("public_listeners", '[{ port = 65536, reason = "x" }]'),
+        ("public_listeners", '[{ port = 443, protocol = "sctp", reason = "x" }]'),
+        ("public_listeners", '[{ port = 443, unit = "caddy", reason = "x" }]'),
+        ("public_listeners", '[{ port = 443, unit = "a b.service", reason = "x" }]'),
+        ("public_listeners", '[{ port = 443, process = "caddy", reason = "x" }]'),
+        ("public_listeners", '[{ port = 22, unit = "caddy.service", reason = "x" }]'),
+        ("public_listeners", '[{ port = 2222, unit = "ssh.service", reason = "x" }]'),
+        ("public_listeners", '[{ port = 2222, unit = "sshd@7.service", reason = "x" }]'),
+        ("public_listeners", '[{ port = 1, reason = "x" }, { port = 1, reason = "y" }]'),
     ],
 )
 def test_a_wrong_value_is_refused_and_named(key: str, value: str) -> None:
@@ -176,10 +193,39 @@ def test_a_secret_in_the_wrong_place_is_not_repeated(key: str) -> None:
         ("secrets", '{ "/etc/ai-ops-runner/secrets/openai_api_key" = "command:pass show x" }'),
         ("secrets", '{ "/etc/ssh/own/key" = "env:X" }'),
         ("docker_users", '["agent", "root"]'),
+        ("public_listeners", '[{ port = 443, unit = "caddy.service", reason = "the web site" }]'),
+        ("public_listeners", '[{ port = 51820, protocol = "udp", reason = "a tunnel home" }]'),
+        ("public_listeners", '[{ port = 1, reason = "x" }, { port = 1, protocol = "udp", reason = "y" }]'),
+        ("public_listeners", '[{ port = 22, protocol = "udp", unit = "a@b.service", reason = "x" }]'),
     ],
 )
 def test_good_values(key: str, value: str) -> None:
     assert host(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("{ port = 443 }", "public_listeners, entry 1, 'reason' is missing. Correct it there"),
+        ('{ port = 443, reason = "x", who = "me" }', "public_listeners, entry 1, 'who' is not known there."),
+        ('{ port = 22, reason = "x" }', "cannot be sshd; break_glass_cidrs is the way"),
+        ("3", "public_listeners, entry 1 must be a table"),
+    ],
+)
+def test_an_exception_that_cannot_be_used_is_one_sentence(entry: str, words: str) -> None:
+    error = refused(f'[hosts.a]\naddress = "x"\npublic_listeners = [{entry}]\n')
+    assert words in str(error)
+
+
+def test_exceptions_are_told_to_the_host() -> None:
+    settings = host(public_listeners='[{ port = 443, unit = "caddy.service", reason = " the web site " }]')
+    assert programs.declared("a", settings)["public_listeners"] == [
+        {"port": 443, "protocol": "tcp", "unit": "caddy.service", "reason": "the web site"}
+    ]
+    assert parse_declared(programs.declared("a", settings)["public_listeners"]) == (
+        Declared("tcp", 443, "the web site", "caddy.service"),
+    )
+    assert programs.declared("a", host())["public_listeners"] == []
 
 
 def test_addresses_are_written_one_way() -> None:
