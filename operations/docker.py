@@ -15,7 +15,7 @@ from facts.files import FileText
 from facts.system import System
 from facts.units import Units
 from facts.users import GroupMembers
-from operations import apt
+from operations import apt, notes
 from operations.common import Commands, operation, program, refuse, script, warn
 from operations.files import put_if_needed
 from operations.units import enable_if_needed, files_if_needed
@@ -158,6 +158,8 @@ def configured(source: str) -> Commands:
         yield program("install", "-d", "-m", "0755", "--", str(Path(DAEMON_JSON).parent))
         yield from write
     if docker["running"] and (result.changed or docker["config_stale"]):
+        if not result.changed:
+            notes.because(f"the engine runs with an older {DAEMON_JSON}")
         yield script(_APPLY, timeout=180)
     elif not result.changed:
         host.noop("daemon.json is as wanted, and in use")
@@ -202,6 +204,7 @@ def _chain_runs() -> Commands:
     if unit["active"] != "active" or unit["enabled"] != "enabled":
         yield from enable_if_needed(CHAIN_UNIT)
     elif not host.get_fact(DockerUserChain)["as_wanted"]:
+        notes.because("the rules that shield containers are not in place")
         yield program("systemctl", "reload", CHAIN_UNIT, timeout=60)
 
 
@@ -216,6 +219,7 @@ def installed(source: str) -> Commands:
     changed = False
     if absent:
         changed = True
+        notes.because(*(f"{name} is not installed" for name in absent))
         yield apt.install(absent)
     for command in enable_if_needed(SERVICE):
         changed = True
@@ -235,5 +239,8 @@ def group(users: tuple[str, ...]) -> Commands:
     absent = [user for user in users if user not in members]
     if not absent:
         host.noop("the docker group is as asked for")
+    notes.because(*(f"{user} is not in the docker group" for user in absent))
+    if absent and notes.collecting() and not host.get_fact(Docker)["installed"]:
+        notes.depends("Docker's installation")
     for user in absent:
         yield program("usermod", "--append", "--groups", "docker", user)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyinfra.context import host
 
 from facts.files import FileText
+from operations import notes
 from operations.common import Commands, operation, program, warn
 from operations.programs import LAUNCHER
 from quietport import opened
@@ -22,6 +23,7 @@ def forgotten() -> Commands:
         return
     note = opened.parse(text.encode())
     warn(f"ssh: {note.sentence()}; that ends with this run")
+    notes.because("it was opened by hand")
     for rule in note.replaced:
         warn(f"firewall: taken away when it was opened by hand, and not put back: {rule}")
     yield program(LAUNCHER, "close", "--note-only")

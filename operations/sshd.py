@@ -20,7 +20,7 @@ from facts.sshd import SshdEffective, SshdFiles, SshdProcess
 from facts.system import System
 from facts.tailnet import Tailnet
 from facts.units import Units
-from operations import gate
+from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
 from operations.programs import LAUNCHER
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed, is_enabled, is_masked
@@ -215,6 +215,9 @@ def tailnet_only(login_user: str, users: list[str], break_glass: Sequence[str] =
     if not differences(seen, target):
         host.noop("sshd answers the tailnet alone, to keys alone")
         return
+    notes.because(*differences(seen, target))
+    if not (seen.addresses or seen.public):
+        notes.depends("the join")
     # Before: when the plan is made, the firewall may be about to change.
     if executing() and break_glass and (problem := _strangers_come_in(break_glass)):
         yield refuse(f"sshd shall listen on every address, as break_glass_cidrs asks. {problem}")
