@@ -1,4 +1,7 @@
-"""`quietport` on the operator's side. Exit codes: 0 fine, 1 error, 2 usage, 130 interrupted."""
+"""`quietport` on the operator's side. Exit codes: 0 fine, 1 error, 2 usage, 130 interrupted.
+
+`plan` and `drift` end with 2 also when changes are pending.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyinfra.api.exceptions import PyinfraError
 
-from control import apply, example, reach, state
+from control import apply, example, plan, reach, state, verify
 from control.errors import SettingsError
 from control.settings import fleet, nearest
 
@@ -46,6 +49,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     converge.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
     converge.set_defaults(run=_apply)
+    for verb, what in (
+        ("plan", "what a converge would change; ends with 0 for nothing, 2 for changes, 1 for an error"),
+        ("drift", "the same in brief, for CI and a timer"),
+    ):
+        planning = verbs.add_parser(verb, help=what)
+        planning.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
+        planning.add_argument("--json", action="store_true", help="as JSON; its keys are in control/plan.py")
+        planning.set_defaults(run=_plan, form=verb)
+    verifying = verbs.add_parser("verify", help="read the hosts with the specs; ends with 0 when all hold")
+    verifying.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
+    verifying.add_argument("--junit", metavar="FILE", help="write a JUnit report as well")
+    verifying.set_defaults(run=_verify)
     forget = verbs.add_parser(
         "forget", help="forget a host's pinned key and tailnet address, as after a reinstall"
     )
@@ -63,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _apply(options: argparse.Namespace) -> int:
     apply.run(options.names)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    plan.run(options.names, form="json" if options.json else options.form)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    verify.run(options.names, junit=options.junit)
 
 
 def _forget(options: argparse.Namespace) -> int:
