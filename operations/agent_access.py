@@ -8,7 +8,7 @@ from facts.files import FileState
 from facts.users import Account
 from operations import notes
 from operations.common import Commands, operation, program, script, warn
-from operations.users import after_account
+from operations.users import account_of
 
 # systemd-logind keeps one file a user there (loginctl(1), enable-linger).
 LINGER = "/var/lib/systemd/linger"
@@ -35,7 +35,7 @@ def lingering(user: str) -> Commands:
         host.noop(f"{user} lingers")
         return
     notes.because(f"{user} does not linger")
-    after_account(user)
+    notes.after(account_of(user))
     yield program("loginctl", "enable-linger", user)
 
 
@@ -52,7 +52,7 @@ def root_of(user: str) -> Commands:
         state = host.get_fact(FileState, path=path)
         if state["kind"] == "absent":
             notes.because(f"{path} is absent")
-            after_account(user)
+            notes.after(account_of(user))
             yield script(_MAKE_ROOT, user, root, timeout=60)
             return
         if (state["kind"], state["user"], state["mode"]) != ("directory", user, "0700"):

@@ -24,6 +24,8 @@ SERVICE = "docker.service"
 CHAIN_UNIT = "quietport-docker-user.service"
 CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
 LOOPBACK = "127.0.0.1"
+# What a plan calls changes that others may depend on.
+INSTALLATION, RESTART = "Docker's installation", "the engine's restart"
 EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104, what is looked for
 BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
 ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
@@ -160,6 +162,7 @@ def configured(source: str) -> Commands:
     if docker["running"] and (result.changed or docker["config_stale"]):
         if not result.changed:
             notes.because(f"the engine runs with an older {DAEMON_JSON}")
+        notes.brings(RESTART)
         yield script(_APPLY, timeout=180)
     elif not result.changed:
         host.noop("daemon.json is as wanted, and in use")
@@ -205,6 +208,8 @@ def _chain_runs() -> Commands:
         yield from enable_if_needed(CHAIN_UNIT)
     elif not host.get_fact(DockerUserChain)["as_wanted"]:
         notes.because("the rules that shield containers are not in place")
+        # The unit is a part of the engine's, and runs again with it.
+        notes.after(RESTART)
         yield program("systemctl", "reload", CHAIN_UNIT, timeout=60)
 
 
@@ -220,6 +225,7 @@ def installed(source: str) -> Commands:
     if absent:
         changed = True
         notes.because(*(f"{name} is not installed" for name in absent))
+        notes.brings(INSTALLATION)
         yield apt.install(absent)
     for command in enable_if_needed(SERVICE):
         changed = True
@@ -240,7 +246,6 @@ def group(users: tuple[str, ...]) -> Commands:
     if not absent:
         host.noop("the docker group is as asked for")
     notes.because(*(f"{user} is not in the docker group" for user in absent))
-    if absent and notes.collecting() and not host.get_fact(Docker)["installed"]:
-        notes.depends("Docker's installation")
+    notes.after(INSTALLATION)
     for user in absent:
         yield program("usermod", "--append", "--groups", "docker", user)

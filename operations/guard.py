@@ -31,6 +31,8 @@ from operations.common import Commands, executing, fail, one_host_at_most, opera
 # Arming copies a few files and makes sure that they are on the disk.
 ARM_TIMEOUT_S = 60
 UNPROVEN = "the change is not proven, and undone: "
+# What a plan calls the end of what an earlier run left.
+UNDOING = "the undoing of an earlier run"
 # Hosts on which this run will arm, or would, were it no dry run.
 _planned: set[str] = set()
 
@@ -153,6 +155,7 @@ def none_left() -> Commands:
         return
     notes.because(f"a {armed['by']} left a change that waits for its confirmation")
     notes.unknown("what firewall and ssh need is known once that is undone")
+    notes.brings(UNDOING)
     warn(f"a {armed['by']} ended without proving its change, which is undone first")
     yield program(*guard.argv("rollback", armed["token"]), timeout=int(guard.ROLLBACK_S + guard.ANSWER_S))
 

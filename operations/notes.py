@@ -42,6 +42,8 @@ class Notes:
 
     of: dict[str, dict[str, Note]] = field(default_factory=dict)
     """{host: {hash of the operation: note}}, for each of our operations that was asked."""
+    brought: dict[str, set[str]] = field(default_factory=dict)
+    """{host: {what changes of this plan bring about}}"""
     remarks: dict[str, list[str]] = field(default_factory=dict)
     """{host: [sentence]}: what is no change and no error."""
 
@@ -92,6 +94,18 @@ def depends(on: str) -> None:
     note = _note()
     if note.certainty == CERTAIN:
         note.certainty, note.on = DEPENDS, on
+
+
+def brings(what: str) -> None:
+    """The change brings `what` about, on which later ones of the plan may depend."""
+    if collecting():
+        _collected[0].brought.setdefault(host.name, set()).add(what)
+
+
+def after(what: str) -> None:
+    """The change depends on an earlier one, if one of this plan brings `what` about."""
+    if collecting() and what in _collected[0].brought.get(host.name, ()):
+        depends(what)
 
 
 def unknown(why: str) -> None:

@@ -14,7 +14,7 @@ from facts.units import OwnTimers
 from operations import notes
 from operations.common import Commands, operation, refuse, script
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
-from operations.users import after_account
+from operations.users import account_of
 
 _FOLDER = Path(__file__).parents[1] / "templates/timers"
 _TEMPLATES = {
@@ -104,7 +104,7 @@ def running(timer: Timer) -> Commands:
         changed = True
         yield command
     if changed:
-        after_account(timer.user)
+        notes.after(account_of(timer.user))
     else:
         host.noop(f"{timer.unit}.timer waits for its time")
 

@@ -55,10 +55,9 @@ def unfit(user: str, account: dict[str, Any]) -> str | None:
     return None
 
 
-def after_account(user: str) -> None:
-    """Note for a plan that a change to what `user` has comes after the account, where there is none yet."""
-    if notes.collecting() and not host.get_fact(Account, user=user)["exists"]:
-        notes.depends(f"the account {user}")
+def account_of(user: str) -> str:
+    """What a plan calls the account that is made for `user`."""
+    return f"the account {user}"
 
 
 @operation()
@@ -70,6 +69,7 @@ def agent(user: str) -> Commands:
     account = host.get_fact(Account, user=user)
     if not account["exists"]:
         notes.because(f"there is no account {user}")
+        notes.brings(account_of(user))
         # '*' is no password and not locked: sshd refuses keys for an account locked with '!' without PAM.
         yield program(
             "useradd", "--create-home", "--home-dir", f"/home/{user}", "--shell", "/bin/bash", "--user-group",
@@ -100,6 +100,6 @@ def authorized_keys(user: str, keys: tuple[str, ...]) -> Commands:
         return
     count = len(missing)
     notes.because(f"{count} declared key{'' if count == 1 else 's'} may not log in as {user}")
-    after_account(user)
+    notes.after(account_of(user))
     text = "\n".join(missing).encode()
     yield script(_ADD_KEYS, user, str(len(text)), stdin=text, timeout=60)
