@@ -1,6 +1,6 @@
 """`quietport` on the operator's side. Exit codes: 0 fine, 1 error, 2 usage, 130 interrupted.
 
-`plan` and `drift` end with 2 also when changes are pending.
+`plan` and `drift` end with 2 when changes are pending, and with 1 for a usage that is wrong.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from control import apply, example, plan, reach, state, verify
 from control.errors import SettingsError
 from control.settings import fleet, nearest
 
+PLANNING = {
+    "plan": "what a converge would change; ends with 0 for nothing, 2 for changes, 1 for an error",
+    "drift": "the same in brief, for CI and a timer",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Errors are one sentence on standard error."""
-    options = _parser().parse_args(arguments)
+    options = _options(sys.argv[1:] if arguments is None else arguments)
     try:
         code = int(options.run(options))
         # Now, not when the interpreter ends: there nobody can catch a reader that has left.
@@ -38,6 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    try:
+        return _parser().parse_args(arguments)
+    except SystemExit as end:
+        # For a script that asks for drift, 2 is an answer.
+        if end.code == 2 and arguments[0] in PLANNING:
+            sys.exit(1)
+        raise
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quietport", description="The operator's side of hosts that only their tailnet can see."
@@ -49,10 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     converge.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
     converge.set_defaults(run=_apply)
-    for verb, what in (
-        ("plan", "what a converge would change; ends with 0 for nothing, 2 for changes, 1 for an error"),
-        ("drift", "the same in brief, for CI and a timer"),
-    ):
+    for verb, what in PLANNING.items():
         planning = verbs.add_parser(verb, help=what)
         planning.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
         planning.add_argument("--json", action="store_true", help="as JSON; its keys are in control/plan.py")

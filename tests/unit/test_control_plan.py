@@ -241,6 +241,15 @@ def test_an_unknown_host_is_named_with_the_nearest(operator: Operator, verb: str
     assert done.stderr == f"quietport: {operator.hosts_file}: no host called 'vsp1'. Did you mean vps1?\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["plan", "--jsn"], 1), (["drift", "-x", "a"], 1), (["apply", "-x"], 2)]
+)
+def test_a_wrong_usage_is_no_drift(arguments: list[str], code: int) -> None:
+    done = quietport(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "usage: quietport" in done.stderr
+
+
 @pytest.mark.parametrize("verb", ["plan", "drift"])
 def test_a_host_that_is_not_there_is_an_error_in_one_line(operator: Operator, verb: str) -> None:
     operator.hosts(f'[hosts.down]\naddress = "127.0.0.1"\nport = {free_port()}\n')
