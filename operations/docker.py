@@ -18,6 +18,7 @@ from facts.users import GroupMembers
 from operations import apt, notes
 from operations.common import Commands, operation, program, refuse, script, warn
 from operations.files import put_if_needed
+from operations.programs import PROGRAMS
 from operations.units import enable_if_needed, files_if_needed
 
 SERVICE = "docker.service"
@@ -210,6 +211,7 @@ def _chain_runs() -> Commands:
         notes.because("the rules that shield containers are not in place")
         # The unit is a part of the engine's, and runs again with it.
         notes.after(RESTART)
+        notes.after(PROGRAMS)
         yield program("systemctl", "reload", CHAIN_UNIT, timeout=60)
 
 

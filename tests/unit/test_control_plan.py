@@ -208,6 +208,37 @@ def test_what_cannot_be_known_is_not_called_less() -> None:
     assert (note.certainty, note.on) == ("cannot be known", "nobody can tell")
 
 
+def test_a_change_depends_on_an_earlier_one_of_the_same_host_and_plan() -> None:
+    def makes() -> common.Commands:
+        notes.begin()
+        notes.brings("the account agent")
+        yield common.program("true")
+
+    def uses() -> common.Commands:
+        notes.begin()
+        notes.after("the account agent")
+        yield common.program("true")
+
+    def both() -> common.Commands:
+        yield from makes()
+        yield from uses()
+
+    note, _ = asked(both)
+    assert (note.certainty, note.on) == ("depends on an earlier change", "the account agent")
+    # On its own it is certain, also after another plan; and on another host.
+    assert asked(uses)[0].certainty == "certain"
+
+    def elsewhere() -> common.Commands:
+        yield from makes()
+        another = Host()
+        another.name = "vps2"
+        with ctx_host.use(another):  # type: ignore[arg-type]
+            yield from uses()
+
+    _, collected = asked(elsewhere)
+    assert collected.of["vps2"]["it"].certainty == "certain"
+
+
 def test_the_proof_depends_on_what_it_proves() -> None:
     guard_operations.forget()
     guard_operations.will_be_armed("vps1")
