@@ -356,6 +356,7 @@ class Drifted:
             ("to be pruned", lambda: Told(self.pruning.quietport("plan", "--json"))),
             ("pruned", lambda: self.pruning.apply().ok()),
             ("left after that", self._left),
+            ("cleared away", self._clear_away),
         ]
 
     @property
@@ -380,6 +381,12 @@ class Drifted:
             for drift in drifts:
                 host.inside(drift.make.replace("{canary}", canary()), timeout=MAKE_TIMEOUT_S)
             host.inside(f"ufw {FOREIGN}")
+
+    def _clear_away(self) -> None:
+        """What the repair left in place: other tests may read these hosts."""
+        for name in self.of:
+            host = OnHost(self.tale.lab, name)
+            host.inside(f"rm -f {WINS} {ADDS} && systemctl restart ssh.service", timeout=MAKE_TIMEOUT_S)
 
     def _left(self) -> dict[str, list[str]]:
         """What of each host is not as before, without what its drifts leave."""

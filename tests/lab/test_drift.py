@@ -110,6 +110,7 @@ def test_with_prune_foreign_it_is_a_change_and_goes(drifted: Drifted) -> None:
     drifted.story["pruned"]
     after: dict[str, list[str]] = drifted.story["left after that"]
     assert after == {name: [] for name in after}
+    assert drifted.story["cleared away"] is None
 
 
 def test_drift_tells_the_same_in_brief(drifted: Drifted) -> None:

@@ -120,7 +120,10 @@ def note(found: OfHost, report: pytest.TestReport, sentence: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _grouped_by_host(request: pytest.FixtureRequest) -> None:
-    """In a JUnit report each test is of a class that begins with its host."""
+    """In a JUnit report each test is of a class that begins with its host.
+
+    As pytest's record_xml_attribute does it, which warns each time that it is an experiment.
+    """
     name = _host_of(request.node)
     xml = request.config.stash.get(xml_key, None)
     if name and xml is not None:

@@ -155,24 +155,44 @@ def private(mode: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def said() -> Callable[[dict[str, Any], Callable[[], Any]], list[str]]:
+def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any], Callable[[], Any]], list[str]]:
     """What is noted while an operation's generator is asked, on a host with these facts."""
 
     def ask(facts: dict[str, Any], generate: Callable[[], Any]) -> list[str]:
         state = FakeState()
-        FakeHost.current_op_hash = "it"
+        monkeypatch.setattr(FakeHost, "current_op_hash", "it")
         collected = notes.collect()
         try:
             with ctx_state.use(state), ctx_host.use(create_host(state, facts=facts)):
                 notes.begin()
                 list(generate())
         finally:
-            FakeHost.current_op_hash = None
             notes.forget()
         (note,) = [note for host in collected.of.values() for note in host.values()]
         return note.reasons
 
     return ask
+
+
+def test_a_secret_that_differs_is_named_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = BY_NAME["a secret changed"].row.removeprefix("secrets: ")
+    monkeypatch.setenv("QP_DRIFT_SECRET", "the-secret-itself")
+    folder = path.rpartition("/")[0]
+    facts = {
+        "parents.Parents": {f"path={path}": {folder: private("0700")}},
+        "files.FileState": state_of(path, mode="0600", sha256="0" * 64),
+    }
+    monkeypatch.setattr(FakeHost, "current_op_hash", "it")
+    collected = notes.collect()
+    try:
+        with ctx_state.use(FakeState()), ctx_host.use(create_host(FakeState(), facts=facts)):
+            list(secret.file._inner(path, "env:QP_DRIFT_SECRET"))
+    finally:
+        notes.forget()
+    (note,) = [note for host in collected.of.values() for note in host.values()]
+    assert note.reasons == [BY_NAME["a secret changed"].says]
+    assert note.differences == {}
+    assert "the-secret-itself" not in repr(collected)
 
 
 Ask = Callable[[dict[str, Any], Callable[[], Any]], list[str]]
