@@ -48,7 +48,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         return _parser().parse_args(arguments)
     except SystemExit as end:
         # For a script that asks for drift, 2 is an answer.
-        if end.code == 2 and arguments[0] in PLANNING:
+        if end.code == 2 and arguments and arguments[0] in PLANNING:
             sys.exit(1)
         raise
 

@@ -23,7 +23,14 @@ from facts.units import Units
 from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
 from operations.programs import LAUNCHER
-from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed, is_enabled, is_masked
+from operations.units import (
+    UNIT_FOLDER,
+    enable_if_needed,
+    files_if_needed,
+    is_enabled,
+    is_masked,
+    name_others,
+)
 from quietport import admission, sshd
 from quietport.errors import printable
 
@@ -211,6 +218,7 @@ def tailnet_only(login_user: str, users: list[str], break_glass: Sequence[str] =
     if executing() and not seen.files.get(sshd.MAIN):
         yield refuse(f"there is no {sshd.MAIN} here. Install openssh-server, then run again.")
         return
+    name_others(sshd.UNIT, seen.service)
     target = wanted(seen, login_user=login_user)
     if not differences(seen, target):
         host.noop("sshd answers the tailnet alone, to keys alone")

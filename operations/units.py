@@ -88,7 +88,19 @@ def files_if_needed(files: Mapping[str, str]) -> Commands:
 
 def _unread(units: Sequence[str]) -> list[str]:
     states = host.get_fact(Units, names=list(units))
+    for unit, state in states.items():
+        name_others(unit, state)
     return [unit for unit, state in states.items() if state["need_reload"]]
+
+
+def name_others(unit: str, state: Mapping[str, Any]) -> None:
+    """Tell a plan of drop-ins that somebody else has made for a unit of ours: they may undo what ours says.
+
+    Of those that come with packages, or are made at boot, the host's owner is not told.
+    """
+    for path in state.get("drop_ins", ()):
+        if path.startswith(f"{UNIT_FOLDER}/") and "quietport" not in PurePosixPath(path).name:
+            notes.remark(f"{unit}: {path} is not ours, and may undo what ours says (left alone)")
 
 
 @operation()

@@ -28,6 +28,12 @@ SSH = "ssh: answers the tailnet alone, to keys alone"
 REPORT = "timers: report, daily"
 # A rule of somebody who is not told of quietport.
 FOREIGN = "allow 8081/tcp"
+# A drop-in of somebody else for a unit of ours.
+FOREIGN_DROP_IN = f"{UNITS}/quietport-sshd-follow-once.service.d/hand.conf"
+BY_SOMEBODY = f"""ufw {FOREIGN}
+mkdir -p $(dirname {FOREIGN_DROP_IN})
+printf '[Service]\\nNice=5\\n' >{FOREIGN_DROP_IN}
+systemctl daemon-reload"""
 # Text that a person typed into a file where no secret belongs.
 PASTED = "# {canary}"
 OLD_TIMER = f"""for kind in service timer; do
@@ -354,7 +360,7 @@ class Drifted:
             ("again", lambda: Told(self.hosts.quietport("plan", "--json"))),
             ("left", self._left),
             ("to be pruned", lambda: Told(self.pruning.quietport("plan", "--json"))),
-            ("pruned", lambda: self.pruning.apply().ok()),
+            ("pruned", self._prune),
             ("left after that", self._left),
             ("cleared away", self._clear_away),
         ]
@@ -380,7 +386,14 @@ class Drifted:
             host = OnHost(self.tale.lab, name)
             for drift in drifts:
                 host.inside(drift.make.replace("{canary}", canary()), timeout=MAKE_TIMEOUT_S)
-            host.inside(f"ufw {FOREIGN}")
+            host.inside(BY_SOMEBODY)
+
+    def _prune(self) -> None:
+        """Rules go; a drop-in is taken away by who made it."""
+        self.pruning.apply().ok()
+        for name in self.of:
+            there = f"rm -r $(dirname {FOREIGN_DROP_IN}) && systemctl daemon-reload"
+            OnHost(self.tale.lab, name).inside(there)
 
     def _clear_away(self) -> None:
         """What the repair left in place: other tests may read these hosts."""

@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab.drifts import DRIFTS, FIREWALL, FOREIGN, Drift, Drifted, Told, changed_by, unclaimed
+from tests.lab.drifts import (
+    DRIFTS,
+    FIREWALL,
+    FOREIGN,
+    FOREIGN_DROP_IN,
+    Drift,
+    Drifted,
+    Told,
+    changed_by,
+    unclaimed,
+)
 from tests.lab.record import plain
 from tests.lab.story import Applied, Done, canary
 from tests.lab.tale import Tale
 
 TOLD_BY = ("fleet", "vm")
 DEPENDS = "depends on an earlier change"
-# What a rule shows in, until it is taken away.
-OF_A_RULE = (
+# What a rule and a drop-in of somebody else show in, until they are taken away.
+FOREIGN_SHOWS = (
     "file /etc/ufw/user.rules:",
     "file /etc/ufw/user6.rules:",
     "rules iptables filter ufw-user-input:",
     "rules ip6tables filter ufw6-user-input:",
     "ufw ",
+    f"file {FOREIGN_DROP_IN}:",
+    f"path {FOREIGN_DROP_IN}:",
+    f"file {FOREIGN_DROP_IN.rpartition('/')[0]}:",
+    f"path {FOREIGN_DROP_IN.rpartition('/')[0]}:",
 )
 BEGUN: dict[str, Drifted] = {}
 
@@ -88,16 +102,17 @@ def test_and_nothing_else_was_touched(drifted: Drifted) -> None:
     left: dict[str, list[str]] = drifted.story["left"]
     for name, lines in left.items():
         # The control: what is compared does see the foreign rule.
-        assert [line for line in lines if line.startswith(OF_A_RULE)], name
-        assert [line for line in lines if not line.startswith(OF_A_RULE)] == [], name
+        assert [line for line in lines if line.startswith("ufw ")], name
+        assert [line for line in lines if not line.startswith(FOREIGN_SHOWS)] == [], name
 
 
-def test_a_foreign_rule_is_named_and_left(drifted: Drifted) -> None:
+def test_a_foreign_rule_and_a_foreign_drop_in_are_named_and_left(drifted: Drifted) -> None:
     for chapter in ("found", "again"):
         told: Told = drifted.story[chapter]
         for name, host in told.hosts.items():
             named = [remark for remark in host["remarks"] if "left alone, not ours: " in remark]
             assert [remark for remark in named if FOREIGN in remark], name
+            assert [remark for remark in host["remarks"] if f"{FOREIGN_DROP_IN} is not ours" in remark], name
         reasons = [reason for name in told.hosts for reason in told.rows(name).get(FIREWALL, [])]
         assert [reason for reason in reasons if FOREIGN in reason] == []
 

@@ -15,7 +15,7 @@ from pyinfra.context import ctx_host
 from control import plan
 from control.plan import Change, HostPlan
 from control.secret import masked, resolve
-from operations import common, notes, proven
+from operations import common, notes, proven, units
 from operations import guard as guard_operations
 from tests.unit.control_sshd import NEEDS_ROOT, Operator, Server, free_port
 
@@ -194,6 +194,29 @@ def test_what_is_said_while_it_is_executed_is_no_plan() -> None:
     assert (note.reasons, collected.remarks) == ([], {})
     note, collected = asked(said)
     assert (note.reasons, collected.remarks) == (["something"], {"vps1": ["a remark"]})
+
+
+def test_a_drop_in_of_somebody_else_is_named() -> None:
+    def looked() -> common.Commands:
+        notes.begin()
+        state = {
+            "drop_ins": [
+                "/etc/systemd/system/ssh.service.d/10-quietport.conf",
+                "/etc/systemd/system/ssh.service.d/20-hand.conf",
+                "/run/systemd/system/service.d/zzz-provider.conf",
+            ]
+        }
+        units.name_others("ssh.service", state)
+        units.name_others("ufw.service", {})
+        yield from ()
+
+    _, collected = asked(looked)
+    assert collected.remarks == {
+        "vps1": [
+            "ssh.service: /etc/systemd/system/ssh.service.d/20-hand.conf is not ours, and may undo what ours "
+            "says (left alone)"
+        ]
+    }
 
 
 def test_what_cannot_be_known_is_not_called_less() -> None:
