@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pyinfra.api.command import PyinfraCommand
 from pyinfra.context import host
 
 from facts.files import FileState
+from facts.packetfilter import PacketFilter
 from facts.system import System
 from facts.ufw import Ufw
 from facts.units import Units
@@ -289,6 +291,25 @@ def reasons(
     return found
 
 
+# A jump from INPUT that ufw or tailscaled made.
+_KNOWN_JUMP = re.compile(r" -j (ufw6?|ts)-\S+$")
+
+
+def past_ufw(listing: str) -> list[str]:
+    """The rules in `iptables -S` that stand in INPUT and are neither ufw's nor tailscaled's.
+
+    ufw knows nothing of them; what they let in is not asked about in its chains any more.
+    """
+    rules = (line.strip() for line in listing.splitlines())
+    return [rule for rule in rules if rule.startswith("-A INPUT ") and not _KNOWN_JUMP.search(rule)]
+
+
+def _name_past_ufw() -> None:
+    for family, listing in sorted(host.get_fact(PacketFilter).items()):
+        for rule in past_ufw(listing):
+            notes.remark(f"firewall: left alone, not ours and not ufw's (IPv{family}): {rule}")
+
+
 def _why_gone(text: str, rules: Sequence[str], ours: Sequence[Rule]) -> str:
     shown = [rule for rule in rules if bare(rule) == text]
     if contradicting(shown, ours):
@@ -340,6 +361,8 @@ def exactly(prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> Com
     replaced = contradicting(firewall["rules"], ours)
     if replaced:
         warn(f"firewall: replaced by ours, which they contradict: {'; '.join(replaced)}")
+    if notes.collecting() and firewall["active"]:
+        _name_past_ufw()
     strangers = foreign(firewall["rules"], ours)
     if strangers and not prune_foreign:
         warn(f"firewall: left alone, not ours: {'; '.join(strangers)} (prune_foreign = true removes them)")

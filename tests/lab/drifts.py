@@ -30,7 +30,10 @@ REPORT = "timers: report, daily"
 FOREIGN = "allow 8081/tcp"
 # A drop-in of somebody else for a unit of ours.
 FOREIGN_DROP_IN = f"{UNITS}/quietport-sshd-follow-once.service.d/hand.conf"
+# A rule that ufw knows nothing of.
+PAST_UFW = "INPUT -p tcp -m tcp --dport 8082 -j ACCEPT"
 BY_SOMEBODY = f"""ufw {FOREIGN}
+iptables -I {PAST_UFW}
 mkdir -p $(dirname {FOREIGN_DROP_IN})
 printf '[Service]\\nNice=5\\n' >{FOREIGN_DROP_IN}
 systemctl daemon-reload"""
@@ -389,10 +392,10 @@ class Drifted:
             host.inside(BY_SOMEBODY)
 
     def _prune(self) -> None:
-        """Rules go; a drop-in is taken away by who made it."""
+        """ufw's rules go; the rest is taken away by who made it."""
         self.pruning.apply().ok()
         for name in self.of:
-            there = f"rm -r $(dirname {FOREIGN_DROP_IN}) && systemctl daemon-reload"
+            there = f"rm -r $(dirname {FOREIGN_DROP_IN}); systemctl daemon-reload; iptables -D {PAST_UFW}"
             OnHost(self.tale.lab, name).inside(there)
 
     def _clear_away(self) -> None:

@@ -13,6 +13,7 @@ from tests.lab.drifts import (
     FIREWALL,
     FOREIGN,
     FOREIGN_DROP_IN,
+    PAST_UFW,
     Drift,
     Drifted,
     Told,
@@ -29,6 +30,7 @@ DEPENDS = "depends on an earlier change"
 FOREIGN_SHOWS = (
     "file /etc/ufw/user.rules:",
     "file /etc/ufw/user6.rules:",
+    "rules iptables filter INPUT:",
     "rules iptables filter ufw-user-input:",
     "rules ip6tables filter ufw6-user-input:",
     "ufw ",
@@ -106,13 +108,14 @@ def test_and_nothing_else_was_touched(drifted: Drifted) -> None:
         assert [line for line in lines if not line.startswith(FOREIGN_SHOWS)] == [], name
 
 
-def test_a_foreign_rule_and_a_foreign_drop_in_are_named_and_left(drifted: Drifted) -> None:
+def test_what_somebody_else_made_is_named_and_left(drifted: Drifted) -> None:
     for chapter in ("found", "again"):
         told: Told = drifted.story[chapter]
         for name, host in told.hosts.items():
             named = [remark for remark in host["remarks"] if "left alone, not ours: " in remark]
             assert [remark for remark in named if FOREIGN in remark], name
-            assert [remark for remark in host["remarks"] if f"{FOREIGN_DROP_IN} is not ours" in remark], name
+            for words in (f"{FOREIGN_DROP_IN} is not ours", f"not ufw's (IPv4): -A {PAST_UFW}"):
+                assert [remark for remark in host["remarks"] if words in remark], (name, words)
         reasons = [reason for name in told.hosts for reason in told.rows(name).get(FIREWALL, [])]
         assert [reason for reason in reasons if FOREIGN in reason] == []
 

@@ -15,7 +15,7 @@ from pyinfra.context import ctx_host, ctx_state
 from pyinfra_testing.util import FakeHost, FakeState, create_host
 
 from operations import agent_access, apt, docker, files, notes, secret, tailnet, timers, ufw, units
-from tests.lab.drifts import DRIFTS, PROOF, PROOF_SAYS, Drift, share, unclaimed
+from tests.lab.drifts import DRIFTS, PAST_UFW, PROOF, PROOF_SAYS, Drift, share, unclaimed
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {drift.name: drift for drift in DRIFTS}
@@ -126,6 +126,15 @@ def test_the_firewall_says_so(name: str, changed: dict[str, Any], at_boot: bool)
 def test_a_rule_is_named_by_what_it_is(changed: list[str], prune: bool, said: list[str]) -> None:
     found = ufw.reasons({**FIREWALL, "rules": changed}, ipv6=True, at_boot=True, prune_foreign=prune)
     assert found == said
+
+
+def test_a_rule_past_ufw_is_told_from_those_of_ufw_and_tailscaled() -> None:
+    jumps = ("ts-input", "ufw-before-input", "ufw6-track-input")
+    usual = "".join(["-P INPUT DROP\n", *(f"-A INPUT -j {jump}\n" for jump in jumps)])
+    assert ufw.past_ufw(usual) == []
+    rule = f"-A {PAST_UFW}"
+    others = "-A INPUT -j sshguard\n-A FORWARD -j ACCEPT\n-A ufw-user-input -p tcp -j ACCEPT\n"
+    assert ufw.past_ufw(f"{usual}{rule}\n{others}") == [rule, "-A INPUT -j sshguard"]
 
 
 def test_reasons_are_there_exactly_where_there_is_work() -> None:
