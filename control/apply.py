@@ -22,25 +22,30 @@ def run(names: Sequence[str]) -> NoReturn:
     Raises SettingsError for a hosts file that cannot be used or an unknown name, QuietportError without the
     deploys of a checkout.
     """
+    chosen = chosen_of(names)
+    root = checkout()
+    argv = ["control.converge", str(root / INVENTORY), str(root / DEPLOY), *chosen]
+    become(argv, doing="converging", names=chosen)
+
+
+def chosen_of(names: Sequence[str]) -> list[str]:
+    """The names, each once. Raises SettingsError for one that the hosts file does not have."""
     chosen = list(dict.fromkeys(names))
     for name in chosen:
         settings_for(name)
-    root = checkout()
-    # A new program: pyinfra's command line has to patch the standard library before anything uses it.
-    # -P: nothing is imported from the directory it is called in.
-    argv = [
-        sys.executable,
-        "-P",
-        "-m",
-        "control.converge",
-        str(root / INVENTORY),
-        str(root / DEPLOY),
-        *chosen,
-    ]
-    shown = ", ".join(chosen or fleet().hosts)
-    print(f"quietport: converging {shown} of {fleet().file}", file=sys.stderr, flush=True)
+    return chosen
+
+
+def become(argv: Sequence[str], *, doing: str, names: Sequence[str]) -> NoReturn:
+    """Become the module argv[0] with the rest of `argv`, having said what is done to which hosts.
+
+    A new program: pyinfra's command line has to patch the standard library before anything uses it.
+    """
+    shown = ", ".join(names or fleet().hosts)
+    print(f"quietport: {doing} {shown} of {fleet().file}", file=sys.stderr, flush=True)
     environment = {**os.environ, ENV_HOSTS: str(fleet().file.absolute())}
-    os.execve(argv[0], argv, environment)  # noqa: S606
+    # -P: nothing is imported from the directory it is called in.
+    os.execve(sys.executable, [sys.executable, "-P", "-m", *argv], environment)  # noqa: S606
 
 
 def checkout() -> Path:

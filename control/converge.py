@@ -49,6 +49,12 @@ class Outcome:
     reason: str | None = None
 
 
+def host_and_text(record: logging.LogRecord) -> tuple[str, str] | None:
+    """Whom a line of pyinfra's log is about, and what it says; None when it is about no host."""
+    found = _OF_HOST.match(_COLOURS.sub("", record.getMessage()))
+    return (found["name"], " ".join(found["text"].split())) if found else None
+
+
 class Errors(logging.Handler):
     """What pyinfra's log says went wrong, by host."""
 
@@ -58,9 +64,9 @@ class Errors(logging.Handler):
 
     @override
     def emit(self, record: logging.LogRecord) -> None:
-        found = _OF_HOST.match(_COLOURS.sub("", record.getMessage()))
+        found = host_and_text(record)
         if found:
-            self.of.setdefault(found["name"], []).append(" ".join(found["text"].split()))
+            self.of.setdefault(found[0], []).append(found[1])
 
     def reason(self, name: str) -> str:
         """The sentence that says most about why this host failed, or nothing."""
@@ -112,12 +118,8 @@ def main(inventory: str, deploy: str, *names: str) -> int:
     """Converge and tell. Returns the exit code."""
     errors = Errors()
     logger.addHandler(errors)
-    limits = [word for name in names for word in ("--limit", name)]
-    # Not the config.py of the directory it is called in.
-    config = str(Path(deploy).parents[1] / "config.py")
-    code = _pyinfra([inventory, deploy, "-y", "--config", config, *limits])
-    code = INTERRUPTED if _stopped else code
-    state = _state()
+    code = run_pyinfra([inventory, deploy, "-y", *options(deploy, names)])
+    state = current_state()
     if state is None:
         return code or 1
     found = outcomes(state, errors)
@@ -126,13 +128,26 @@ def main(inventory: str, deploy: str, *names: str) -> int:
     return code or int(not found or any(one.reason is not None for one in found))
 
 
-def _state() -> State | None:
+def options(deploy: str, names: Iterable[str]) -> list[str]:
+    """pyinfra's options for these hosts, all without any."""
+    limits = [word for name in names for word in ("--limit", name)]
+    # Not the config.py of the directory it is called in.
+    return ["--config", str(Path(deploy).parents[1] / "config.py"), *limits]
+
+
+def current_state() -> State | None:
+    """pyinfra's state, once there is an inventory in it."""
     state: State | None = ctx_state.get() if ctx_state.isset() else None  # type: ignore[no-untyped-call]
     return state if state is not None and state.initialised else None
 
 
-def _pyinfra(argv: Sequence[str]) -> int:
-    """What pyinfra_cli.main.main does, but for Ctrl-C."""
+def run_pyinfra(argv: Sequence[str]) -> int:
+    """What pyinfra_cli.main.main does, but for Ctrl-C: INTERRUPTED then. Else pyinfra's exit code."""
+    code = _run(argv)
+    return INTERRUPTED if _stopped else code
+
+
+def _run(argv: Sequence[str]) -> int:
     pyinfra.is_cli = True
     set_formatter(click.style)
     set_echo(click.echo)
@@ -157,7 +172,7 @@ _stopped: list[bool] = []
 def _interrupted(*_: object) -> NoReturn:
     _stopped.append(True)
     click.echo("quietport: interrupted. What a host was told last may go on there; run again.", err=True)
-    state = _state()
+    state = current_state()
     if state is not None:
         # Disconnecting needs places in the pool that waiting for the hosts' answers takes.
         state.pool.kill(block=False)

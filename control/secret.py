@@ -22,6 +22,11 @@ MAX_SECRET_BYTES = 1 << 20
 COMMAND_TIMEOUT_S = 60
 SCHEMES = ("env", "file", "command")
 
+# Shorter lines of a secret are words that stand elsewhere too.
+MASKED_CHARACTERS = 8
+# Lines of every secret that this process has read; see `masked`.
+_lines: set[str] = set()
+
 # Environment variables that sources name; see `child_environment`.
 _variables: set[str] = set()
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -124,7 +129,19 @@ def resolve(source: str, *, what: str) -> Secret:
             f"{what}: its source {shown} gave more than {MAX_SECRET_BYTES} bytes.",
             hint="Correct the source.",
         )
+    text = value.decode("utf-8", errors="replace")
+    _lines.update(line.strip() for line in text.splitlines() if len(line.strip()) >= MASKED_CHARACTERS)
     return Secret(value, source=source)
+
+
+def masked(text: str) -> str:
+    """`text` with `***` for each line of a secret that was read: somebody may have pasted one anywhere.
+
+    What shows a host's own text asks this last. Lines of less than MASKED_CHARACTERS stay.
+    """
+    for line in sorted(_lines, key=len, reverse=True):
+        text = text.replace(line, "***")
+    return text
 
 
 def _from_env(name: str, what: str) -> bytes:

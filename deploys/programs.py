@@ -97,4 +97,5 @@ def closed(settings: HostSettings) -> None:
         name="programs: host.json allows sshd on every address no more",
         path=HOST_JSON,
         content=_text(settings),
+        after="ssh",
     )

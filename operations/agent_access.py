@@ -6,7 +6,9 @@ from pyinfra.context import host
 
 from facts.files import FileState
 from facts.users import Account
+from operations import notes
 from operations.common import Commands, operation, program, script, warn
+from operations.users import account_of
 from quietport.sshagent.names import PROGRAM
 
 # systemd-logind keeps one file a user there (loginctl(1), enable-linger).
@@ -33,6 +35,8 @@ def lingering(user: str) -> Commands:
     if host.get_fact(FileState, path=f"{LINGER}/{user}")["kind"] == "file":
         host.noop(f"{user} lingers")
         return
+    notes.because(f"{user} does not linger")
+    notes.after(account_of(user))
     yield program("loginctl", "enable-linger", user)
 
 
@@ -48,6 +52,8 @@ def root_of(user: str) -> Commands:
     for path in (root, f"{root}/sessions"):
         state = host.get_fact(FileState, path=path)
         if state["kind"] == "absent":
+            notes.because(f"{path} is absent")
+            notes.after(account_of(user))
             yield script(_MAKE_ROOT, user, root, timeout=60)
             return
         if (state["kind"], state["user"], state["mode"]) != ("directory", user, "0700"):

@@ -13,7 +13,7 @@ from pyinfra.context import host
 from facts.apt import Keyring, Sources
 from facts.packages import Packages
 from facts.system import System
-from operations import aptwait, aptwhy
+from operations import aptwait, aptwhy, notes
 from operations.common import Commands, operation, refuse, script, warn
 from operations.files import put_if_needed
 from operations.units import enable_if_needed
@@ -218,6 +218,9 @@ def wait_ready() -> Commands:
     if not reasons:
         host.noop("apt is free")
         return
+    notes.because(*reasons)
+    if not system["dpkg_interrupted"]:
+        notes.only_waits()
     warn(f"apt is not ready, which is waited for or repaired: {'; '.join(reasons)}.")
     yield _apt(_PREPARE)
 
@@ -240,6 +243,7 @@ def packages(names: tuple[str, ...]) -> Commands:
     if not absent:
         host.noop("all are installed")
         return
+    notes.because(*(f"{name} is not installed" for name in absent))
     yield install(absent)
 
 
@@ -278,7 +282,10 @@ def repository(repository: Repository) -> Commands:
     Sources that someone else declared for it are commented out, with a mark.
     """
     changed = False
-    if host.get_fact(Keyring, path=repository.keyring) != [repository.fingerprint]:
+    keys = host.get_fact(Keyring, path=repository.keyring)
+    if keys != [repository.fingerprint]:
+        found = " ".join(keys) or "no key"
+        notes.because(f"{repository.keyring} holds {found}, not {repository.fingerprint}")
         if not repository.site:
             yield refuse(f"the repository {repository.uri} has no host in it. Correct it in hosts.toml.")
             return
@@ -289,6 +296,7 @@ def repository(repository: Repository) -> Commands:
     for rival in rivals(host.get_fact(Sources), repository):
         changed = True
         where = f"{rival['path']}, line {rival['first']}"
+        notes.because(f"{where} names the repository too")
         warn(f"{where} names the repository {repository.name} too: commented out, ours has the pinned key.")
         lines = (str(rival["first"]), str(rival["last"]))
         yield script(_COMMENT_OUT, rival["path"], *lines, MARK)

@@ -24,6 +24,7 @@ from typing_extensions import override
 from control.connector import Unanswered
 from control.errors import QuietportError
 from control.secret import Secret
+from operations import notes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,8 +46,9 @@ def operation() -> Callable[[Callable[P, Commands]], PyinfraOperation[P]]:
     def decorate(generate: Callable[P, Commands]) -> PyinfraOperation[P]:
         @wraps(generate)
         def careful(*args: P.args, **kwargs: P.kwargs) -> Commands:
+            notes.begin()
             try:
-                for command in generate(*args, **kwargs):
+                for command in _asked(generate(*args, **kwargs)):
                     if has_failed(host.state, host):
                         break
                     yield command
@@ -70,6 +72,11 @@ def operation() -> Callable[[Callable[P, Commands]], PyinfraOperation[P]]:
         return pyinfra_operation()(careful)
 
     return decorate
+
+
+def _asked(commands: Commands) -> Iterable[PyinfraCommand]:
+    """The commands; all of them for a plan. pyinfra stops at the first, and later reasons would be lost."""
+    return list(commands) if notes.collecting() else commands
 
 
 def _failed_already(state: State, host: Host) -> bool:
@@ -157,6 +164,7 @@ def refuse(sentence: str) -> FunctionCommand:
     """
     # Errors that are made elsewhere name the host themselves.
     sentence = sentence.removeprefix(f"{host.name}: ")
+    notes.refusal(sentence)
     if not host.state.is_executing:
         logger.warning(f"{host.print_prefix}{host.name}: will be refused: {sentence}")
     return FunctionCommand(_refused, (sentence,), {})
@@ -175,16 +183,18 @@ def _said_already() -> bool:
 
 def warn(sentence: str) -> None:
     """Log one line about this host that is no change and no error, once a run."""
+    notes.remark(sentence)
     if not _said_already():
         logger.warning(f"{host.print_prefix}{host.name}: {sentence}")
 
 
 def show_diff(path: str, old: str | None, new: str | None) -> None:
-    """Print how the text of `path` will change, when the run was started with --diff. None: no such file.
+    """Tell how the text of `path` will change: to a plan, and when the run was started with --diff.
 
-    Once a run. Never call it with a secret.
+    None: no such file. Printed once a run. Never call it with a secret.
     """
-    if _said_already() or not host.state.config.DIFF:
+    shown = host.state.config.DIFF and not _said_already()
+    if not (shown or notes.collecting()):
         return
     lines = difflib.unified_diff(
         (old or "").splitlines(),
@@ -193,11 +203,12 @@ def show_diff(path: str, old: str | None, new: str | None) -> None:
         tofile="/dev/null" if new is None else path,
         lineterm="",
     )
+    # Text from a host reaches a terminal without control characters.
+    clean = ["".join(char if char.isprintable() or char == "\t" else "�" for char in line) for line in lines]
+    notes.difference(path, "\n".join(clean))
     colours = {"+": "green", "-": "red", "@": "cyan"}
-    for line in lines:
-        # Text from a host reaches a terminal without control characters.
-        clean = "".join(char if char.isprintable() or char == "\t" else "�" for char in line)
-        logger.info(f"{host.print_prefix}  {click.style(clean, fg=colours.get(clean[:1]))}")
+    for line in clean if shown else ():
+        logger.info(f"{host.print_prefix}  {click.style(line, fg=colours.get(line[:1]))}")
 
 
 def program(

@@ -15,15 +15,18 @@ from facts.files import FileText
 from facts.system import System
 from facts.units import Units
 from facts.users import GroupMembers
-from operations import apt
+from operations import apt, notes
 from operations.common import Commands, operation, program, refuse, script, warn
 from operations.files import put_if_needed
+from operations.programs import PROGRAMS
 from operations.units import enable_if_needed, files_if_needed
 
 SERVICE = "docker.service"
 CHAIN_UNIT = "quietport-docker-user.service"
 CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
 LOOPBACK = "127.0.0.1"
+# What a plan calls changes that others may depend on.
+INSTALLATION, RESTART = "Docker's installation", "the engine's restart"
 EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104, what is looked for
 BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
 ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
@@ -160,6 +163,9 @@ def configured(source: str) -> Commands:
         yield program("install", "-d", "-m", "0755", "--", str(Path(DAEMON_JSON).parent))
         yield from write
     if docker["running"] and (result.changed or docker["config_stale"]):
+        if not result.changed:
+            notes.because(f"the engine runs with an older {DAEMON_JSON}")
+        notes.brings(RESTART)
         yield script(_APPLY, timeout=180)
     elif not result.changed:
         host.noop("daemon.json is as wanted, and in use")
@@ -204,6 +210,10 @@ def _chain_runs() -> Commands:
     if unit["active"] != "active" or unit["enabled"] != "enabled":
         yield from enable_if_needed(CHAIN_UNIT)
     elif not host.get_fact(DockerUserChain)["as_wanted"]:
+        notes.because("the rules that shield containers are not in place")
+        # The unit is a part of the engine's, and runs again with it.
+        notes.after(RESTART)
+        notes.after(PROGRAMS)
         yield program("systemctl", "reload", CHAIN_UNIT, timeout=60)
 
 
@@ -218,6 +228,8 @@ def installed(source: str) -> Commands:
     changed = False
     if absent:
         changed = True
+        notes.because(*(f"{name} is not installed" for name in absent))
+        notes.brings(INSTALLATION)
         yield apt.install(absent)
     for command in enable_if_needed(SERVICE):
         changed = True
@@ -237,5 +249,7 @@ def group(users: tuple[str, ...]) -> Commands:
     absent = [user for user in users if user not in members]
     if not absent:
         host.noop("the docker group is as asked for")
+    notes.because(*(f"{user} is not in the docker group" for user in absent))
+    notes.after(INSTALLATION)
     for user in absent:
         yield program("usermod", "--append", "--groups", "docker", user)

@@ -11,6 +11,7 @@ from pyinfra.context import host
 
 from control.secret import Secret
 from facts.files import FileState, FileText
+from operations import notes
 from operations.common import Commands, operation, program, refuse, script, show_diff
 
 # The temporary file is in the destination's directory: only there is the rename atomic, and no directory
@@ -53,24 +54,37 @@ def write(
     return script(_WRITE, path, mode, user, group, size, stdin=stdin, timeout=WRITE_TIMEOUT_S)
 
 
-def same_file(
+def unlike(
     state: dict[str, Any],
     content: str | bytes | Secret,
     *,
     mode: str,
     user: str = "root",
     group: str = "root",
-) -> bool:
-    """Whether a file in `state` (as FileState tells it) is already as wanted: content, mode and owner."""
-    return (
-        state["kind"] == "file"
-        and state["sha256"] == hashlib.sha256(as_bytes(content)).hexdigest()
-        and _same_mode(state, mode, user, group)
-    )
+) -> list[str]:
+    """What of a file in `state` (as FileState tells it) is not as wanted: kind, content, mode, owner.
+
+    A phrase each, without anything of the content; empty when the file is right.
+    """
+    if state["kind"] != "file":
+        return [_kind(state)]
+    found = _other_mode(state, mode, user, group)
+    if state["sha256"] != hashlib.sha256(as_bytes(content)).hexdigest():
+        found.insert(0, "its content differs")
+    return found
 
 
-def _same_mode(state: dict[str, Any], mode: str, user: str, group: str) -> bool:
-    return (int(state["mode"], 8), state["user"], state["group"]) == (int(mode, 8), user, group)
+def _kind(state: dict[str, Any]) -> str:
+    return "is absent" if state["kind"] == "absent" else f"is a {state['kind']}"
+
+
+def _other_mode(state: dict[str, Any], mode: str, user: str, group: str) -> list[str]:
+    found = []
+    if int(state["mode"], 8) != int(mode, 8):
+        found.append(f"its mode is {state['mode']}, not {mode}")
+    if (state["user"], state["group"]) != (user, group):
+        found.append(f"its owner is {state['user']}:{state['group']}, not {user}:{group}")
+    return found
 
 
 def put_if_needed(
@@ -87,8 +101,10 @@ def put_if_needed(
     A directory or a special file in the way is refused; a symbolic link is replaced by the file.
     """
     state = host.get_fact(FileState, path=path)
-    if same_file(state, content, mode=mode, user=user, group=group):
+    found = unlike(state, content, mode=mode, user=user, group=group)
+    if not found:
         return
+    notes.because(*(f"{path}: {what}" for what in found))
     if state["kind"] in ("directory", "other"):
         what = "directory" if state["kind"] == "directory" else "special file"
         yield refuse(f"{path} is a {what}, where a file belongs. Move it away and run again.")
@@ -108,9 +124,11 @@ def put(
     user: str = "root",
     group: str = "root",
     secret: bool = False,
+    after: str = "",
 ) -> Commands:
     """The file `path` holds exactly `content`. `secret`: never show it in a difference.
 
+    `after` is the earlier change that a plan names as what this one depends on.
     Give every call a `name=`: pyinfra prints the arguments of operations without one.
     """
     changed = False
@@ -119,6 +137,8 @@ def put(
         yield command
     if not changed:
         host.noop(f"{path} is as wanted")
+    elif after:
+        notes.depends(after)
 
 
 @operation()
@@ -127,12 +147,15 @@ def directory(
 ) -> Commands:
     """The directory `path` exists with this mode and owner. Its parent must exist."""
     state = host.get_fact(FileState, path=path)
-    if state["kind"] == "directory" and _same_mode(state, mode, user, group):
+    right_kind = state["kind"] == "directory"
+    found = _other_mode(state, mode, user, group) if right_kind else [_kind(state)]
+    if not found:
         host.noop(f"{path} is as wanted")
         return
     if state["kind"] not in ("directory", "absent"):
         yield refuse(f"{path} is a {state['kind']}, where a directory belongs. Move it away and run again.")
         return
+    notes.because(*(f"{path}: {what}" for what in found))
     yield program("install", "-d", "-m", mode, "-o", user, "-g", group, "--", path)
 
 
@@ -146,6 +169,7 @@ def absent(path: str) -> Commands:
     if state["kind"] == "directory":
         yield refuse(f"{path} is a directory, which is never removed. Look into it, and remove it by hand.")
         return
+    notes.because(f"{path} is there")
     if state["kind"] == "file":
         show_diff(path, host.get_fact(FileText, path=path), None)
     yield program("rm", "-f", "--", path)
@@ -161,6 +185,7 @@ def link(path: str, target: str) -> Commands:
     if state["kind"] not in ("link", "absent"):
         yield refuse(f"{path} is a {state['kind']}, where a link belongs. Move it away and run again.")
         return
+    notes.because(f"{path}: {_kind(state)}" + (f" to {state['target']}" if state["kind"] == "link" else ""))
     parent = PurePosixPath(path)
     temp = str(parent.with_name(f".{parent.name}.quietport-link"))
     yield script(_LINK, target, temp, path)

@@ -23,7 +23,7 @@ from control.errors import QuietportError
 from control.proof import prove
 from control.settings import settings_for
 from facts.tailnet import Tailnet
-from operations import guard, tailnet
+from operations import guard, notes, tailnet
 from operations.common import Commands, one_host_at_most
 
 # A proof is believed that long: the steps of one run follow each other closely, and none of them is free.
@@ -49,6 +49,7 @@ def risky(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
     A part of the run's last transaction, which `operations.proven.stays` ends.
     """
     guard.will_be_armed(host.name)
+    notes.after(guard.UNDOING)
     yield from _guarded(host, commands)
 
 
@@ -58,6 +59,7 @@ def risky_if_tailnet(host: Host, commands: Iterable[PyinfraCommand]) -> Commands
     A transaction of its own, proven at once, whose time is long enough for its longest command: an upgrade of
     a package that is broken off half-way leaves more to mend than it could harm.
     """
+    notes.after(guard.UNDOING)
     if reached_by(host) == "tailnet":
         commands = list(commands)
         limits = [command.connector_arguments.get("_timeout", 0) for command in commands]

@@ -23,11 +23,14 @@ from control.proof import prove, prove_public
 from control.session import Way
 from facts.guard import Guard
 from facts.tailnet import Tailnet
+from operations import notes
 from operations.common import Commands, executing, fail, one_host_at_most, operation, program, refuse, warn
 
 # Arming copies a few files and makes sure that they are on the disk.
 ARM_TIMEOUT_S = 60
 UNPROVEN = "the change is not proven, so the guard undoes it: "
+# What a plan calls the end of what an earlier run left.
+UNDOING = "the undoing of an earlier run"
 # Hosts on which this run will arm, or would, were it no dry run.
 _planned: set[str] = set()
 
@@ -142,6 +145,9 @@ def none_left() -> Commands:
             f"it, or wait {armed['left_s']} s until it undoes itself, then run again."
         )
         return
+    notes.because(f"a {armed['by']} left a change that waits for its confirmation")
+    notes.unknown("what firewall and ssh need is known once that is undone")
+    notes.brings(UNDOING)
     warn(f"a {armed['by']} ended without proving its change, which is undone first")
     yield program(*guard.argv("rollback", armed["token"]), timeout=int(guard.ROLLBACK_S + guard.ANSWER_S))
 

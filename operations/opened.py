@@ -6,6 +6,7 @@ from pyinfra.context import host
 
 from control.guard import LAUNCHER
 from facts.files import FileText
+from operations import notes
 from operations.common import Commands, operation, program, warn
 from quietport import opened
 
@@ -22,6 +23,7 @@ def forgotten() -> Commands:
         return
     note = opened.parse(text.encode())
     warn(f"ssh: {note.sentence()}; that ends with this run")
+    notes.because("it was opened by hand")
     for rule in note.replaced:
         warn(f"firewall: taken away when it was opened by hand, and not put back: {rule}")
     yield program(LAUNCHER, "close", "--note-only")

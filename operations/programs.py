@@ -5,9 +5,12 @@ from __future__ import annotations
 from pyinfra.context import host
 
 from control.guard import LAUNCHER
+from operations import notes
 from operations.common import Commands, operation, program
 from operations.files import put_if_needed
 
+# What a plan calls them, where the host's own answer may be another with new ones.
+PROGRAMS = "the programs"
 LIBRARY = "/usr/local/lib/quietport"
 ZIPAPP = f"{LIBRARY}/quietport.pyz"
 # -I: neither the caller's directory nor PYTHON* variables decide what root runs.
@@ -22,6 +25,7 @@ def files_if_needed(pyz: bytes) -> Commands:
             if not changed:
                 yield program("install", "-d", "-m", "0755", "-o", "root", "-g", "root", "--", LIBRARY)
             changed = True
+            notes.brings(PROGRAMS)
             yield command
 
 

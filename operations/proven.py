@@ -9,7 +9,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from pyinfra.context import host
 
-from operations import guard, sshd, ufw
+from operations import guard, notes, sshd, ufw
 from operations.common import Commands, one_host_at_most, operation
 
 
@@ -35,4 +35,6 @@ def stays(login_user: str, prune_foreign: bool = False, break_glass: Sequence[st
     if not guard.waiting(host):
         host.noop("nothing waits for its confirmation")
         return
+    notes.because("firewall or ssh change before it")
+    notes.depends("firewall and ssh")
     yield FunctionCommand(_prove, (login_user, prune_foreign, break_glass), {})

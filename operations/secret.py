@@ -11,6 +11,7 @@ from pyinfra.context import host
 from control.errors import SecretError
 from control.secret import Secret, resolve
 from facts.parents import Parents
+from operations import notes
 from operations.common import Commands, operation, program, refuse
 from operations.files import put_if_needed
 
@@ -58,12 +59,21 @@ def _is_private(state: Mapping[str, Any]) -> bool:
     )
 
 
+def _unlike_private(state: Mapping[str, Any]) -> str:
+    if state["kind"] == "absent":
+        return "is absent"
+    owner = f"{state['user']}:{state['group']}"
+    return f"it is {state['mode']} of {owner}, not {FOLDER_MODE} of root:root"
+
+
 def _folders(parents: Mapping[str, Mapping[str, Any]]) -> Commands:
     folder = list(parents)[-1]
     for directory, state in parents.items():
         if directory == folder and not _is_private(state):
+            notes.because(f"{directory}: {_unlike_private(state)}")
             yield program("install", "-d", "-m", FOLDER_MODE, "-o", "root", "-g", "root", "--", directory)
         elif state["kind"] == "absent":
+            notes.because(f"{directory}: is absent")
             yield program("install", "-d", "-m", ABOVE_MODE, "-o", "root", "-g", "root", "--", directory)
 
 

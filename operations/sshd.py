@@ -21,9 +21,16 @@ from facts.sshd import SshdEffective, SshdFiles, SshdProcess
 from facts.system import System
 from facts.tailnet import Tailnet
 from facts.units import Units
-from operations import gate
+from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
-from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed, is_enabled, is_masked
+from operations.units import (
+    UNIT_FOLDER,
+    enable_if_needed,
+    files_if_needed,
+    is_enabled,
+    is_masked,
+    name_others,
+)
 from quietport import admission, sshd
 from quietport.errors import printable
 
@@ -211,10 +218,14 @@ def tailnet_only(login_user: str, users: list[str], break_glass: Sequence[str] =
     if executing() and not seen.files.get(sshd.MAIN):
         yield refuse(f"there is no {sshd.MAIN} here. Install openssh-server, then run again.")
         return
+    name_others(sshd.UNIT, seen.service)
     target = wanted(seen, login_user=login_user)
     if not differences(seen, target):
         host.noop("sshd answers the tailnet alone, to keys alone")
         return
+    notes.because(*differences(seen, target))
+    if not (seen.addresses or seen.public):
+        notes.depends("the join")
     # Before: when the plan is made, the firewall may be about to change.
     if executing() and break_glass and (problem := _strangers_come_in(break_glass)):
         yield refuse(f"sshd shall listen on every address, as break_glass_cidrs asks. {problem}")

@@ -23,7 +23,7 @@ from control.settings import HostSettings
 from facts.packages import Packages
 from facts.tailnet import Tailnet
 from facts.units import Units
-from operations import apt, gate
+from operations import apt, gate, notes
 from operations.common import (
     Commands,
     fail,
@@ -285,11 +285,16 @@ def same_server(one: str | None, other: str) -> bool:
 def installed() -> Commands:
     """tailscale is installed and its service enabled and running."""
     if not host.get_fact(Packages, names=["tailscale"]).get("tailscale"):
+        notes.because("tailscale is not installed")
         yield apt.install(("tailscale",))
     unit = host.get_fact(Units, names=[SERVICE]).get(SERVICE, {})
     if unit.get("active") == "active" and unit.get("enabled") == "enabled":
         host.noop("tailscale is installed and runs")
         return
+    notes.because(
+        f"{SERVICE} is {unit.get('active') or 'inactive'} and {unit.get('enabled') or 'absent'}, "
+        "not active and enabled"
+    )
     # Starting it is never a risk; stopping or restarting would be.
     yield program("systemctl", "enable", "--now", SERVICE, timeout=120)
 
@@ -309,14 +314,25 @@ def joined(membership: Membership) -> Commands:
         elif tailnet["addresses"]:
             host.noop("on the tailnet")
         else:
+            notes.because("no tailnet address is on tailscale0")
+            notes.unknown("whether an address comes up is not the host's to say")
             yield script(_WAIT_FOR_ADDRESS, str(ADDRESS_TIMEOUT_S), timeout=JOIN_TIMEOUT_S)
         return
+    notes.because(_why_out(tailnet))
+    if not tailnet["running"]:
+        notes.depends("tailscaled's start, by which it may be on the tailnet already")
     if membership.auth_key is None:
         why = "its key on the tailnet has expired" if tailnet["expired"] else "it is not on the tailnet yet"
         yield refuse(f"{why}, and there is no auth_key. Set auth_key to a fresh key and run again.")
         return
     yield FunctionCommand(_join, (asdict(membership),), {})
     yield script(_WAIT_FOR_ADDRESS, str(ADDRESS_TIMEOUT_S), timeout=JOIN_TIMEOUT_S)
+
+
+def _why_out(tailnet: dict[str, Any]) -> str:
+    if not tailnet["running"]:
+        return "tailscaled does not run"
+    return "its key has expired" if tailnet["expired"] else "it is logged out"
 
 
 @one_host_at_most
@@ -354,9 +370,19 @@ def _failed(host: Host, sentence: str) -> bool:
 
 def drift(prefs: dict[str, Any], membership: Membership) -> tuple[str, ...]:
     """Options of `tailscale set` for the preferences that are not as declared."""
-    return tuple(
-        _flag(name, value) for name, value in membership.preferences().items() if prefs.get(name) != value
-    )
+    return tuple(_flag(name, wanted) for name, _, wanted in _drifted(prefs, membership))
+
+
+def _drifted(
+    prefs: dict[str, Any], membership: Membership
+) -> list[tuple[str, bool | str | None, bool | str]]:
+    """(name, what it is, what it should be) of each preference that is not as declared."""
+    wanted = membership.preferences()
+    return [(name, prefs.get(name), value) for name, value in wanted.items() if prefs.get(name) != value]
+
+
+def _was(value: bool | str | None) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @operation()
@@ -374,6 +400,8 @@ def preferences(membership: Membership) -> Commands:
     if not options:
         host.noop("the preferences are as declared")
         return
+    others = _drifted(tailnet["prefs"], membership)
+    notes.because(*(f"{FLAGS[name]} is {_was(now)}, not {_was(wanted)}" for name, now, wanted in others))
     # Switching Tailscale SSH off asks for confirmation where the session came through it.
     yield from gate.risky_if_tailnet(host, [program("tailscale", "set", "--accept-risk=lose-ssh", *options)])
 
@@ -399,6 +427,9 @@ def remembered(host_name: str) -> Commands:
     if addresses and addresses == known_addresses(host_name):
         host.noop("remembered")
         return
+    notes.because("the operator's side does not remember its tailnet addresses")
+    if not addresses:
+        notes.depends("the join")
     yield FunctionCommand(_remember, (host_name, addresses), {})
 
 

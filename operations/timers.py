@@ -11,8 +11,10 @@ import jinja2
 from pyinfra.context import host
 
 from facts.units import OwnTimers
+from operations import notes
 from operations.common import Commands, operation, refuse, script
 from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
+from operations.users import account_of
 
 _FOLDER = Path(__file__).parents[1] / "templates/timers"
 _TEMPLATES = {
@@ -101,7 +103,9 @@ def running(timer: Timer) -> Commands:
     for command in enable_if_needed(f"{timer.unit}.timer"):
         changed = True
         yield command
-    if not changed:
+    if changed:
+        notes.after(account_of(timer.user))
+    else:
         host.noop(f"{timer.unit}.timer waits for its time")
 
 
@@ -114,5 +118,6 @@ def no_others(units: Sequence[str]) -> Commands:
     retired = [unit for unit in host.get_fact(OwnTimers) if unit not in units]
     if not retired:
         host.noop("no timer of ours but the declared ones")
+    notes.because(*(f"{unit}.timer is not declared" for unit in retired))
     for unit in retired:
         yield script(_RETIRE, unit, UNIT_FOLDER, timeout=180)

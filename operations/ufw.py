@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ from pyinfra.api.command import PyinfraCommand
 from pyinfra.context import host
 
 from facts.files import FileState
+from facts.packetfilter import PacketFilter
 from facts.system import System
 from facts.ufw import Ufw
 from facts.units import Units
-from operations import gate
+from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, script, warn
 from operations.files import write
 from operations.units import is_enabled
@@ -198,13 +200,26 @@ grep -qx 'IPV6=yes' "$1" || echo 'IPV6=yes' >>"$1"
 """
 
 
+def other_policies(firewall: Mapping[str, Any], direction: str, policy: str, *, ipv6: bool) -> list[str]:
+    """The families whose kernel does something else by default than an active ufw says, of what comes in.
+
+    What is forwarded has other masters too: Docker sets that policy itself.
+    """
+    if direction != "incoming" or policy not in _POLICIES or not firewall["active"]:
+        return []
+    policies = firewall.get("policies", {})
+    found = {family: policies.get(family, {}).get("INPUT") for family in ("ipv4", "ipv6")[: 2 if ipv6 else 1]}
+    return [family for family, now in found.items() if now not in (None, _POLICIES[policy])]
+
+
 def default_commands(
     firewall: Mapping[str, Any], *, ipv6: bool, wanted: Mapping[str, str] = DEFAULTS
 ) -> list[PyinfraCommand]:
     """What makes the defaults `wanted` ones, without a reload of an active ufw."""
     commands: list[PyinfraCommand] = []
     for direction, policy in wanted.items():
-        if firewall["defaults"].get(direction) == policy:
+        in_kernel = not other_policies(firewall, direction, policy, ipv6=ipv6)
+        if firewall["defaults"].get(direction) == policy and in_kernel:
             continue
         if not firewall["active"]:
             commands.append(program("ufw", "default", policy, direction))
@@ -236,6 +251,70 @@ def _commands(
     if not firewall["active"]:
         commands.append(program("ufw", "--force", "enable"))
     return commands
+
+
+def reasons(
+    firewall: Mapping[str, Any],
+    *,
+    ipv6: bool,
+    at_boot: bool,
+    prune_foreign: bool = False,
+    break_glass: Sequence[str] = (),
+) -> list[str]:
+    """What of the firewall is not as wanted, a phrase each; empty when `exactly` has nothing to do."""
+    if not firewall["installed"]:
+        return ["ufw is not installed"]
+    ours = rules_for(break_glass, ipv6=ipv6)
+    wanted = changes(firewall["rules"], prune_foreign=prune_foreign, ours=ours)
+    moved = [rule.text for rule in wanted.prepend if rule.text in wanted.delete]
+    found = [
+        f"rule {_why_gone(text, firewall['rules'], ours)}: {text}"
+        for text in wanted.delete
+        if text not in moved
+    ]
+    found += [f"rule behind one that closes: {text}" for text in moved]
+    there = {bare(rule) for rule in firewall["rules"]}
+    for rule in (*wanted.prepend, *wanted.add):
+        if rule.text not in moved:
+            found.append(f"rule {'without our mark' if rule.text in there else 'missing'}: {rule.text}")
+    if ipv6 and not firewall["ipv6"]:
+        found.append("IPv6 is left out")
+    for direction, policy in DEFAULTS.items():
+        if (now := firewall["defaults"].get(direction)) != policy:
+            found.append(f"{direction} is {now or 'not set'} by default, not {policy}")
+        for family in other_policies(firewall, direction, policy, ipv6=ipv6):
+            found.append(f"the kernel does not {policy} what is {direction} by default, over {family}")
+    if not at_boot:
+        found.append(f"{SERVICE} is not enabled")
+    if not firewall["active"]:
+        found.append("the firewall is not active")
+    return found
+
+
+# A jump from INPUT that ufw or tailscaled made.
+_KNOWN_JUMP = re.compile(r" -j (ufw6?|ts)-\S+$")
+
+
+def past_ufw(listing: str) -> list[str]:
+    """The rules in `iptables -S` that stand in INPUT and are neither ufw's nor tailscaled's.
+
+    ufw knows nothing of them; what they let in is not asked about in its chains any more.
+    """
+    rules = (line.strip() for line in listing.splitlines())
+    return [rule for rule in rules if rule.startswith("-A INPUT ") and not _KNOWN_JUMP.search(rule)]
+
+
+def _name_past_ufw() -> None:
+    for family, listing in sorted(host.get_fact(PacketFilter).items()):
+        for rule in past_ufw(listing):
+            notes.remark(f"firewall: left alone, not ours and not ufw's (IPv{family}): {rule}")
+
+
+def _why_gone(text: str, rules: Sequence[str], ours: Sequence[Rule]) -> str:
+    shown = [rule for rule in rules if bare(rule) == text]
+    if contradicting(shown, ours):
+        return "that contradicts ours"
+    return "of ours that is wanted no more" if any(map(is_ours, shown)) else "that is not ours"
 
 
 def _work(*, prune_foreign: bool, break_glass: Sequence[str] = ()) -> list[PyinfraCommand]:
@@ -282,6 +361,8 @@ def exactly(prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> Com
     replaced = contradicting(firewall["rules"], ours)
     if replaced:
         warn(f"firewall: replaced by ours, which they contradict: {'; '.join(replaced)}")
+    if notes.collecting() and firewall["active"]:
+        _name_past_ufw()
     strangers = foreign(firewall["rules"], ours)
     if strangers and not prune_foreign:
         warn(f"firewall: left alone, not ours: {'; '.join(strangers)} (prune_foreign = true removes them)")
@@ -295,6 +376,17 @@ def exactly(prune_foreign: bool = False, break_glass: Sequence[str] = ()) -> Com
     if not commands:
         host.noop("firewall: exactly as wanted")
         return
+    notes.because(
+        *reasons(
+            firewall,
+            ipv6=ipv6,
+            at_boot=is_enabled(host.get_fact(Units, names=[SERVICE])[SERVICE]),
+            prune_foreign=prune_foreign,
+            break_glass=break_glass,
+        )
+    )
+    if not firewall["installed"]:
+        notes.depends("the packages")
     yield from _remember(firewall)
     yield from gate.risky(host, commands)
     if executing() and _work(prune_foreign=prune_foreign, break_glass=break_glass):

@@ -13,6 +13,7 @@ from typing import Any
 from pyinfra.context import host
 
 from facts.units import Units
+from operations import notes
 from operations.common import Commands, operation, program
 from operations.files import put_if_needed
 
@@ -35,6 +36,7 @@ def mask_if_needed(names: Sequence[str]) -> Commands:
     for name in names:
         if is_masked(states[name]):
             continue
+        notes.because(f"{name} is not masked{_running(states[name])}")
         if states[name]["active"] not in ("inactive", "failed", ""):
             yield program("systemctl", "stop", name)
         # Disabled first: the links of [Install] stay behind when a unit is only masked.
@@ -43,14 +45,21 @@ def mask_if_needed(names: Sequence[str]) -> Commands:
         yield program("systemctl", "mask", name)
 
 
+def _running(state: Mapping[str, Any]) -> str:
+    return "" if state["active"] in ("inactive", "failed", "") else f" and is {state['active']}"
+
+
 def enable_if_needed(name: str, *, running: bool = True) -> Commands:
     """What `enabled` yields, for operations that own more than the unit's state."""
     state = host.get_fact(Units, names=[name])[name]
     if state["enabled"].startswith("masked"):
+        notes.because(f"{name} is masked")
         yield program("systemctl", "unmask", name)
     if not is_enabled(state):
+        notes.because(f"{name} is {state['enabled'] or 'absent'}, not enabled")
         yield program("systemctl", "enable", name)
     if running and state["active"] != "active":
+        notes.because(f"{name} is {state['active'] or 'inactive'}, not active")
         yield program("systemctl", "start", name)
 
 
@@ -71,8 +80,27 @@ def files_if_needed(files: Mapping[str, str]) -> Commands:
             yield command
     units = sorted({unit_of(path) for path in files})
     # Read only when nothing was written: a run that was killed before its reload left it due.
-    if changed or any(state["need_reload"] for state in host.get_fact(Units, names=units).values()):
+    unread = [] if changed else _unread(units)
+    notes.because(*(f"systemd has not read {unit} since it changed" for unit in unread))
+    if changed or unread:
         yield program("systemctl", "daemon-reload")
+
+
+def _unread(units: Sequence[str]) -> list[str]:
+    states = host.get_fact(Units, names=list(units))
+    for unit, state in states.items():
+        name_others(unit, state)
+    return [unit for unit, state in states.items() if state["need_reload"]]
+
+
+def name_others(unit: str, state: Mapping[str, Any]) -> None:
+    """Tell a plan of drop-ins that somebody else has made for a unit of ours: they may undo what ours says.
+
+    Of those that come with packages, or are made at boot, the host's owner is not told.
+    """
+    for path in state.get("drop_ins", ()):
+        if path.startswith(f"{UNIT_FOLDER}/") and "quietport" not in PurePosixPath(path).name:
+            notes.remark(f"{unit}: {path} is not ours, and may undo what ours says (left alone)")
 
 
 @operation()

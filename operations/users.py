@@ -7,6 +7,7 @@ from typing import Any
 from pyinfra.context import host
 
 from facts.users import Account, AuthorizedKeys
+from operations import notes
 from operations.common import Commands, operation, program, refuse, script, warn
 
 # Debian Policy 9.2.2: below 1000 are the accounts of the system.
@@ -54,6 +55,11 @@ def unfit(user: str, account: dict[str, Any]) -> str | None:
     return None
 
 
+def account_of(user: str) -> str:
+    """What a plan calls the account that is made for `user`."""
+    return f"the account {user}"
+
+
 @operation()
 def agent(user: str) -> Commands:
     """The account `user` exists: no password, no sudo, a home of its own (0700) and bash.
@@ -62,6 +68,8 @@ def agent(user: str) -> Commands:
     """
     account = host.get_fact(Account, user=user)
     if not account["exists"]:
+        notes.because(f"there is no account {user}")
+        notes.brings(account_of(user))
         # '*' is no password and not locked: sshd refuses keys for an account locked with '!' without PAM.
         yield program(
             "useradd", "--create-home", "--home-dir", f"/home/{user}", "--shell", "/bin/bash", "--user-group",
@@ -90,5 +98,8 @@ def authorized_keys(user: str, keys: tuple[str, ...]) -> Commands:
     if not missing:
         host.noop("every key is there")
         return
+    count = len(missing)
+    notes.because(f"{count} declared key{'' if count == 1 else 's'} may not log in as {user}")
+    notes.after(account_of(user))
     text = "\n".join(missing).encode()
     yield script(_ADD_KEYS, user, str(len(text)), stdin=text, timeout=60)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from lab import targets
 from lab.aptrepo import AptRepo
@@ -56,12 +57,12 @@ class Tale:
             AptRepo.attach(self.lab.run.directory).publish_docker()
         self.hosts = self.vary("story", {SECRET_PATH: f"env:{SECRET_VARIABLE}"})
 
-    def vary(self, word: str, secrets: dict[str, str]) -> Hosts:
-        """The story's hosts file with these secrets.
+    def vary(self, word: str, secrets: dict[str, str], **more: Any) -> Hosts:
+        """The story's hosts file with these secrets, and `more` keys for every host.
 
         Both sources of Docker in one run: Debian 12 takes Docker's own repository, for compose 2.
         """
-        every = {"secrets": secrets, "guard_timeout": GUARD_TIMEOUT_S}
+        every = {"secrets": secrets, "guard_timeout": GUARD_TIMEOUT_S, **more}
         return Hosts.of(self.lab, word, every=every, c12={"docker_source": "docker"})
 
     def public_side(self) -> dict[str, set[Place]]:

@@ -141,14 +141,17 @@ class Variants(Tale):
         self.names = sorted(want.name for want in self.wanted)
         self.hosts = self.vary("story", {SECRET_PATH: f"env:{SECRET_VARIABLE}"})
 
-    def vary(self, word: str, secrets: dict[str, str]) -> Hosts:
-        """The story's hosts file with these secrets, and Docker only where a variant is about it."""
+    def vary(self, word: str, secrets: dict[str, str], **more: Any) -> Hosts:
+        """The story's hosts file with these secrets, and Docker only where a variant is about it.
+
+        `more` keys are every host's.
+        """
         quick = {
             want.name: {"docker_source": "none"}
             for want in self.wanted
             if not set(want.variants) & set(WITH_DOCKER)
         }
-        every = {"secrets": secrets, "guard_timeout": GUARD_TIMEOUT_S}
+        every = {"secrets": secrets, "guard_timeout": GUARD_TIMEOUT_S, **more}
         return Hosts.of(self.lab, word, every=every, **quick)
 
     def guest(self, name: str) -> Guest:

@@ -3,6 +3,7 @@
 A folder is named MODULE.OPERATION, a file after its path. In a fixture, `!script` is the command that runs a
 shell script of the module with these arguments, `!bytes` what goes to its standard input, `!waiter` the
 program that waits for apt, `!sha256` the digest of a text, `!sha256-of` that of a module's constant.
+`certainty` is how sure a plan is of the change; a change is certain without it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 from pyinfra_testing.operations import make_operation_tests
+from pyinfra_testing.util import FakeHost
 
-from operations import apt, common
+from operations import apt, common, notes
 
 HERE = Path(__file__).parent
 
@@ -53,9 +56,33 @@ def tests_of(modules: Sequence[str]) -> dict[str, Any]:
     """One test class a folder of fixtures of these modules, by name."""
     folders = [path for module in modules for path in sorted(HERE.glob(f"{module}.*")) if path.is_dir()]
     return {
-        f"Test_{folder.name.replace('.', '_')}": make_operation_tests("operations", folder.name, folder)
+        f"Test_{folder.name.replace('.', '_')}": _explained(
+            make_operation_tests("operations", folder.name, folder)
+        )
         for folder in folders
     }
+
+
+def _explained(made: Any) -> Any:
+    """The same tests, which besides want a reason told to a plan for each change, and none without one."""
+
+    class Explained(made):  # type: ignore[misc]
+        def _test(self, test_name: str, test_data: dict[str, Any]) -> None:
+            with patch.object(FakeHost, "current_op_hash", "it"):
+                collected = notes.collect()
+                try:
+                    super()._test(test_name, test_data)
+                finally:
+                    notes.forget()
+            told = [note for host in collected.of.values() for note in host.values()]
+            assert len(told) == 1
+            changes = bool(test_data["commands"])
+            assert bool(told[0].reasons or told[0].refused) == changes, told[0]
+            assert told[0].certainty == test_data.get("certainty", notes.CERTAIN), told[0]
+            assert bool(told[0].on) == (told[0].certainty != notes.CERTAIN)
+
+    Explained.__name__ = made.__name__
+    return Explained
 
 
 def without_fixtures(modules: Sequence[str]) -> set[str]:

@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 import pytest
 import testinfra
+from _pytest.junitxml import xml_key
 
 from control.errors import QuietportError
 from control.settings import HostSettings, fleet
-from tests.spec import backend
+from tests.spec import backend, snapshot
 from tests.spec.public_side import Seen, begin
 from tests.spec.reading import Reading
 
 backend.register()
+
+# Tests of a host in one run. For a few of them the answers to all questions are not worth their while.
+SNAPSHOT_FROM = 25
 
 
 def _chosen(config: pytest.Config) -> list[str]:
@@ -47,9 +53,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def reading(name: str) -> Reading:
-    """The host, read through the project's own connection; kept for the whole run."""
-    return Reading(name=name, host=testinfra.get_host(f"{backend.NAME}://{name}"))
+def reading(name: str, request: pytest.FixtureRequest) -> Reading:
+    """The host, read through the project's own connection, most of it at once; kept for the whole run."""
+    read = Reading(name=name, host=testinfra.get_host(f"{backend.NAME}://{name}"))
+    if sum(_host_of(item) == name for item in request.session.items) >= SNAPSHOT_FROM:
+        read.host.backend.ask_all(snapshot.lines(read.settings))
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +80,78 @@ def settings(reading: Reading) -> HostSettings:
     return reading.settings
 
 
+@dataclass
+class OfHost:
+    """What came of the specs of one host."""
+
+    hold: int = 0
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+    alone: int = 0
+
+
+FOUND: defaultdict[str, OfHost] = defaultdict(OfHost)
+
+
+def _host_of(item: pytest.Item) -> str | None:
+    parameters = getattr(item, "callspec", None)
+    return parameters.params.get("name") if parameters else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note what became of each spec, by host."""
+    report = yield
+    if name := _host_of(item):
+        sentence = item.name.partition("[")[0].removeprefix("test_").replace("_", " ")
+        note(FOUND[name], report, f"{item.path.stem.removeprefix('test_')}: {sentence}")
+    return report
+
+
+def note(found: OfHost, report: pytest.TestReport, sentence: str) -> None:
+    """Count one phase of a test; `sentence` is what should hold."""
+    if report.failed:
+        found.failed.append(sentence)
+    elif report.skipped:
+        found.skipped += 1
+    elif report.when == "call":
+        found.hold += 1
+
+
+@pytest.fixture(autouse=True)
+def _grouped_by_host(request: pytest.FixtureRequest) -> None:
+    """In a JUnit report each test is of a class that begins with its host.
+
+    As pytest's record_xml_attribute does it, which warns each time that it is an experiment.
+    """
+    name = _host_of(request.node)
+    xml = request.config.stash.get(xml_key, None)
+    if name and xml is not None:
+        xml.node_reporter(request.node.nodeid).add_attribute("classname", f"{name}.{request.path.stem}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line a host, and one for each thing that does not hold there."""
+    if FOUND:
+        terminalreporter.section("hosts")
+    for line in summary(FOUND):
+        terminalreporter.line(line)
+
+
+def summary(found: Mapping[str, OfHost]) -> Iterator[str]:
+    """What is said of each host in the end."""
+    for name, one in found.items():
+        skipped = f", {one.skipped} not asked of it" if one.skipped else ""
+        yield (
+            f"{name}: {f'{len(one.failed)} DO NOT HOLD, ' if one.failed else ''}{one.hold} hold{skipped} "
+            f"({one.alone} questions besides the snapshot)"
+        )
+        yield from (f"    {sentence}" for sentence in one.failed)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _close_sessions() -> Iterator[None]:
     yield
+    for name, asked in backend.QuietportBackend.alone.items():
+        FOUND[name].alone = len(asked)
     backend.QuietportBackend.close_all()

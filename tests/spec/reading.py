@@ -1,7 +1,8 @@
 """What a spec reads of a host: the project's own facts and a few commands, each asked once a test run.
 
-testinfra pays a round trip for every assertion. Here one command answers many of them, and its answer
-is kept for the session: specs never change the host, so it stays true.
+testinfra pays a round trip for every assertion. Here one command answers many of them, most commands are run
+at once at the beginning (snapshot.py), and answers are kept for the session: specs never change the host, so
+they stay true.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from pyinfra.api import FactBase, StringCommand
 from testinfra.host import Host
 
 from control.settings import HostSettings, settings_for
+
+UNIT = "systemctl show -p LoadState,ActiveState,Result,ExecMainStatus -- %s"
+
+
+def line_of(fact: FactBase[Any], *args: Any) -> str:
+    """The shell command that a fact is read with."""
+    command = fact.command(*args) if callable(fact.command) else fact.command
+    return command.get_raw_value() if isinstance(command, StringCommand) else str(command)
 
 
 @dataclass
@@ -41,9 +50,7 @@ class Reading:
         needed = fact.requires_command(*args)
         if needed and self.host.run("command -v %s", needed).rc != 0:
             return fact.default()
-        command = fact.command(*args) if callable(fact.command) else fact.command
-        line = command.get_raw_value() if isinstance(command, StringCommand) else str(command)
-        return fact.process(self.host.run("sh -c %s", line).stdout.splitlines())
+        return fact.process(self.host.run("sh -c %s", line_of(fact, *args)).stdout.splitlines())
 
     def text(self, command: str, *args: str) -> str:
         """Standard output of a command that must succeed; `args` fill its %s and are quoted."""
@@ -66,5 +73,5 @@ class Reading:
 
     def unit(self, unit: str) -> Mapping[str, str]:
         """What systemd says about one unit. `is-enabled` is not asked: it fails for masked units."""
-        shown = self.lines("systemctl show -p LoadState,ActiveState,Result,ExecMainStatus -- %s", unit)
+        shown = self.lines(UNIT, unit)
         return dict(line.partition("=")[::2] for line in shown)

@@ -11,14 +11,10 @@ from facts.docker import Docker, PublishedPorts
 from facts.files import FileText
 from facts.units import Units
 from tests.spec.reading import Reading
+from tests.spec.snapshot import CHAINS, FAMILIES
 
 UNIT = "quietport-docker-user.service"
 LOOPBACK = ("127.0.0.1", "::1")
-
-
-# What Docker leaves to us, and the one that stands while Docker rearranges its own rules.
-CHAINS = (("filter", "DOCKER-USER"), ("mangle", "QUIETPORT-FORWARD"))
-FAMILIES = ("iptables", "ip6tables")
 
 
 def parsed(rule: str) -> tuple[str, str]:

@@ -8,8 +8,7 @@ from control.settings import HostSettings
 from deploys import tailscale
 from facts.packages import Packages
 from tests.spec.reading import Reading
-
-NEEDED = ("ufw", "openssh-server", "tailscale", "python3", "unattended-upgrades")
+from tests.spec.snapshot import NEEDED
 
 
 def test_what_the_host_needs_is_installed(reading: Reading) -> None:

@@ -17,12 +17,10 @@ from facts.tailnet import Tailnet
 from facts.units import Units
 from quietport.sshd import DROP_IN, PORT, SOCKETS, public_listeners, with_addresses
 from tests.spec.reading import Reading
+from tests.spec.snapshot import ASKED_FROM, FOLLOWER
 from tests.spec.test_timers import MOST_EXPOSED
 
-# A tailnet address and a public one (RFC 5737) that are nobody's: Match blocks may treat them differently.
-ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 LOGIN_TIMEOUT_S = 60
-FOLLOWER = "quietport-sshd-follow.service"
 
 
 def login(to: Route, key: Path | None, *options: str) -> subprocess.CompletedProcess[str]:

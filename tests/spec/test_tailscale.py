@@ -11,8 +11,7 @@ from facts.system import System
 from facts.tailnet import Tailnet
 from facts.units import Units
 from tests.spec.reading import Reading
-
-SOURCES = "/etc/apt/sources.list.d/tailscale.sources"
+from tests.spec.snapshot import SOURCES
 
 
 def keyring_of(text: str) -> str:

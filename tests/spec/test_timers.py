@@ -10,9 +10,9 @@ import pytest
 from facts.files import FileState, FileText
 from facts.units import Units
 from tests.spec.reading import Reading
+from tests.spec.snapshot import REPORT
 
 PREFIX = "quietport-"
-REPORT = "/var/lib/quietport/ports.json"
 MOST_EXPOSED = 3.0
 
 

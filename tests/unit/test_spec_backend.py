@@ -20,7 +20,7 @@ class Line:
     closed: bool = False
     ran: list[str] = field(default_factory=list)
 
-    def run(self, line: str, *, timeout: float) -> Result:
+    def run(self, line: str, *, stdin: bytes | None, timeout: float) -> Result:
         if len(self.ran) >= self.lasts:
             raise LinkLost("vps1: the connection to 192.0.2.1 is lost.")
         self.ran.append(line)
