@@ -37,9 +37,10 @@ BLANK = {
 if in_test_all():
     BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
 STORIES = {**BLANK, **variants.STORIES}
-# Each boot of an emulated VM takes minutes, and every run has a time.
+# A boot of an emulated VM takes minutes, the matrix a quarter of an hour of two processors, and a run has its
+# time.
 if not in_test_all():
-    collect_ignore = ["test_power.py"]
+    collect_ignore = ["test_lockout.py", "test_power.py"]
 # Mostly waits, in this order; they begin with test_outer_faults.py (own.py).
 WAITING = ("test_follow.py", "test_guard_host.py", "test_ways.py", "test_lockout.py")
 # The end of a failure, which is where the reason is; the summary has all of it.
