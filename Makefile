@@ -13,7 +13,7 @@ LAB := $(PY) -m lab
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
-	@echo "make test-all          the same, the VM with Debian 12, each variant alone on Debian 12, power cuts"
+	@echo "make test-all          the same, the VM with Debian 12, each variant alone on it, the guard's stories, the lockout matrix"
 	@echo "make kills N= SEED=    the converge killed N times, and what came of each host"
 	@echo "make chaos FAULTS= SEED=  faults while the operator could be locked out, and what came of each"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"

@@ -62,7 +62,8 @@ def report(skipped: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     lines = [f"SKIPPED: tests on a {kind} target: {why}" for kind, why in skipped.items()]
     if environ.get("QUIETPORT_TEST_ALL") != "1":
         lines.append(
-            "SKIPPED: the plain VM with Debian 12, every variant alone on Debian 12, and a guard in the VM "
-            "whose power goes; `make test-all` adds them."
+            "SKIPPED: the plain VM with Debian 12, every variant alone on Debian 12, the lockout matrix, the "
+            "guard, the follower and the other ways in on hosts of their own, and a guard in the VM whose "
+            "power goes; `make test-all` adds them."
         )
     return lines
