@@ -63,7 +63,7 @@ def report(skipped: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     if environ.get("QUIETPORT_TEST_ALL") != "1":
         lines.append(
             "SKIPPED: the plain VM with Debian 12, every variant alone on Debian 12, the lockout matrix, the "
-            "guard, the follower and the other ways in on hosts of their own, and a guard in the VM whose "
-            "power goes; `make test-all` adds them."
+            "guard, the follower and the other ways in on hosts of their own, and in the VM a guard whose "
+            "power goes and changes by hand; `make test-all` adds them."
         )
     return lines

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import select
+import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -113,3 +116,15 @@ def prctl(option: int, value: int) -> None:
     if _LIBC.prctl(option, value, 0, 0, 0) != 0:
         reason = os.strerror(ctypes.get_errno())
         raise AgentAccessError(f"The kernel refuses prctl {option}: {reason}.")
+
+
+def end(handle: int, *, grace_s: float) -> bool:
+    """Ask the process behind a pidfd to end, and make it after `grace_s` seconds; whether it is gone."""
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, number)
+        if poll.poll(grace_s * 1000):
+            return True
+    return False

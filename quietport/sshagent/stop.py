@@ -6,13 +6,11 @@ What is printed: STOPPED ID, or ALREADY_ENDED ID when there was no agent any mor
 from __future__ import annotations
 
 import os
-import select
-import signal
 import time
-from contextlib import suppress
 
 from quietport.sshagent import audit, sessions
 from quietport.sshagent.names import ID, AgentAccessError, moment_of, now
+from quietport.sshagent.process import end
 from quietport.sshagent.record import Record
 from quietport.sshagent.root import Root, locked
 
@@ -47,7 +45,8 @@ def stop(root: Root, name: str) -> str:
                         record, status="stopped", reason="stop-requested", exit_status=None, seconds=seconds
                     ),
                 )
-            _end(agent, record)
+            if not end(agent, grace_s=GRACE_S):
+                raise AgentAccessError(f"The agent with PID {record.agent.pid} cannot be ended.")
         finally:
             os.close(agent)
     # It is gone for kill(2) only when its parent's parent has waited for it.
@@ -71,14 +70,3 @@ def _handle(record: Record) -> int | None:
         return agent
     os.close(agent)
     return None
-
-
-def _end(agent: int, record: Record) -> None:
-    poll = select.poll()
-    poll.register(agent, select.POLLIN)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(agent, number)
-        if poll.poll(GRACE_S * 1000):
-            return
-    raise AgentAccessError(f"The agent with PID {record.agent.pid} cannot be ended.")

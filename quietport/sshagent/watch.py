@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quietport.sshagent.names import AgentAccessError
-from quietport.sshagent.process import Process, adopt_orphans, boottime
+from quietport.sshagent.process import Process, adopt_orphans, boottime, end
 from quietport.sshagent.spawn import close_above, environment, spawn
 
 START_S = 60.0
@@ -143,7 +143,7 @@ def _guard(duty: _Duty) -> int:
     agent = os.pidfd_open(pid)
     _tell(duty, {"agent": asdict(Process.of(pid)), "keeper": asdict(Process.of(child))})
     code = _until_it_is_over(duty, agent)
-    _end(agent)
+    end(agent, grace_s=GRACE_S)
     # The keeper's orphan comes to us; waiting for it here takes it out of the process table.
     os.close(hold_w)
     deadline = time.monotonic() + GRACE_S
@@ -194,16 +194,6 @@ def _until_it_is_over(duty: _Duty, agent: int) -> int:
             return ASKED
         if agent in ready:
             return AGENT_DIED
-
-
-def _end(agent: int) -> None:
-    poll = select.poll()
-    poll.register(agent, select.POLLIN)
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(agent, number)
-        if poll.poll(GRACE_S * 1000):
-            return
 
 
 def _end_orphans() -> None:

@@ -37,6 +37,12 @@ iptables -I {PAST_UFW}
 mkdir -p $(dirname {FOREIGN_DROP_IN})
 printf '[Service]\\nNice=5\\n' >{FOREIGN_DROP_IN}
 systemctl daemon-reload"""
+LOGS = (("ip", "ufw"), ("ip6", "ufw6"))
+# What a converge notes there until the next boot; the hosts were booted since their last one.
+SINCE_BOOT = tuple(
+    f"path /run/{name}: is there, and should not:"
+    for name in ("quietport-apt-updated", "quietport-sshd-apply.lock", "quietport/guard.lock")
+)
 # Text that a person typed into a file where no secret belongs.
 PASTED = "# {canary}"
 OLD_TIMER = f"""for kind in service timer; do
@@ -105,6 +111,8 @@ DRIFTS = (
         "sed -i 's/^DEFAULT_OUTPUT_POLICY=.*/DEFAULT_OUTPUT_POLICY=\"DROP\"/' /etc/default/ufw",
         FIREWALL,
         "outgoing is deny by default, not allow",
+        # A later `ufw allow` of a person makes ufw log what it now takes to be denied.
+        leaves=tuple(f"rules {family}tables filter {chain}-after-logging-output:" for family, chain in LOGS),
     ),
     Drift(
         "the firewall not started at boot",
@@ -275,6 +283,8 @@ DRIFTS = (
         "iptables -F DOCKER-USER",
         "docker: containers not reachable from the public side, whatever they publish",
         "the rules that shield containers are not in place",
+        # Docker's own last rule of the chain, which does what the end of a chain does.
+        leaves=("rules iptables filter DOCKER-USER: --A DOCKER-USER -j RETURN",),
     ),
     Drift(
         "daemon.json edited",
@@ -408,8 +418,8 @@ class Drifted:
         """What of each host is not as before, without what its drifts leave."""
         found = {}
         for name, drifts in self.of.items():
-            leaves = tuple(start for drift in drifts for start in drift.leaves)
+            leaves = (*SINCE_BOOT, *(start for drift in drifts for start in drift.leaves))
             after = fingerprint.through(self.hosts, name)
             lines = fingerprint.differences(self.before[name], after)
-            found[name] = [line for line in lines if not (leaves and line.startswith(leaves))]
+            found[name] = [line for line in lines if not line.startswith(leaves)]
         return found

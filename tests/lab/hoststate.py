@@ -195,7 +195,9 @@ def units(plain: Text) -> dict[str, str]:
     listed = output("systemctl", "list-unit-files", "--all", "--plain", "--no-legend", "--no-pager")
     for line in listed.splitlines():
         name, state = line.split()[:2]
-        found[f"{name} is"] = state
+        # Of a login or a job: numbered as they come.
+        if not name.startswith(("session-", "run-")):
+            found[f"{name} is"] = state
     kinds = "--type=service,socket,timer"
     active = output("systemctl", "list-units", "--all", "--plain", "--no-legend", "--no-pager", kinds)
     for line in active.splitlines():

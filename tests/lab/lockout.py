@@ -52,6 +52,8 @@ ARM_HEADING = "firewall: denied but for the tailnet"
 DEFAULT_FAULTS = 36
 DEFAULT_SEED = 5
 PLACE = "/root/lockout"
+LOOK_EVERY_S = 0.02
+SETTLED_LOOKS = 50
 PYZ = "/usr/local/lib/quietport/quietport.pyz"
 
 # keep: a snapshot as a guard takes it; back: what a rollback does, whatever is armed.
@@ -170,6 +172,7 @@ class Watch:
         self.ended = 0
         self.armed_at: float | None = None
         self.confirming = False
+        self._known: dict[str, tuple[int, str]] = {}
         self._news = threading.Condition()
         self._over = False
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -208,16 +211,34 @@ class Watch:
                 self.ended = len(self.steps) - len(at_work)
                 self.confirming = self.confirming or any(" guard confirm " in text for text in lines)
                 self._news.notify_all()
-            time.sleep(0.02)
+            time.sleep(LOOK_EVERY_S)
 
     def _lines(self) -> Iterator[str]:
+        """The command lines of the Python programs in there.
+
+        One that was read so often has done its exec(3) long ago: to read all of them at every look would
+        take an eighth of a processor for each host.
+        """
+        known: dict[str, tuple[int, str]] = {}
         for process in (self.root / "proc").iterdir():
-            if process.name.isdigit():
-                with contextlib.suppress(OSError):
-                    words = (process / "cmdline").read_bytes().split(b"\0")
-                    # Without the shell around it, which has the same words in one.
-                    if words[0].endswith(b"python3"):
-                        yield b" ".join(words).decode(errors="replace").strip()
+            if not (name := process.name).isdigit():
+                continue
+            looks, line = self._known.get(name, (0, ""))
+            if looks < SETTLED_LOOKS:
+                looks, line = looks + 1, self._line(name)
+            known[name] = looks, line
+            if line:
+                yield line
+        self._known = known
+
+    def _line(self, name: str) -> str:
+        try:
+            with (self.root / "proc" / name / "cmdline").open("rb", buffering=0) as file:
+                words = file.read(4096).split(b"\0")
+        except OSError:
+            return ""
+        # Without the shell around it, which has the same words in one.
+        return b" ".join(words).decode(errors="replace").strip() if words[0].endswith(b"python3") else ""
 
     def rollbacks(self) -> list[str]:
         """The process ids, inside, of rollbacks at work."""

@@ -10,8 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -101,15 +100,6 @@ def picture(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     return found
 
 
-@contextmanager
-def opened(world: World) -> Iterator[Root]:
-    root = world.opened()
-    try:
-        yield root
-    finally:
-        root.close()
-
-
 def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> None:
     # What looks most like a session and is none of ours: private, valid, with a file that is precious.
     template = world.fabricate(exit_reason="command-ended", status="stopped")
@@ -137,7 +127,7 @@ def test_a_hostile_process_of_the_same_user_that_swaps_names(world: World) -> No
         # A refusal is an answer too; anything else would be a traceback.
         with suppress(AgentAccessError):
             over = world.fabricate().id
-            with opened(world) as root:
+            with closing(world.opened()) as root:
                 for session in sessions.everything(root)[0]:
                     if session.id in running:
                         statuses.add(session.status)
@@ -173,12 +163,12 @@ def test_a_directory_swapped_between_look_and_removal_is_not_removed(
         return real(root, name, directory, place)
 
     monkeypatch.setattr(sessions, "remove", swapped)
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         assert [verdict.word for verdict in prune(root, dry=False)] == ["SKIP_UNSAFE"]
     assert picture(world.directory(record)) == before
     assert not list((world.root / "staging").iterdir())
     monkeypatch.undo()
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         assert [verdict.word for verdict in prune(root, dry=False)] == ["PRUNED"]
 
 
@@ -188,7 +178,7 @@ def test_a_lock_that_is_never_released_is_one_sentence(world: World, monkeypatch
     fcntl.flock(other, fcntl.LOCK_EX)
     try:
         monkeypatch.setattr("quietport.sshagent.root.locked.__wrapped__.__kwdefaults__", {"timeout": 0.05})
-        with opened(world) as root:
+        with closing(world.opened()) as root:
             found, problem = sessions.everything(root)
         assert [session.status for session in found] == ["crashed"]
         assert "still locked" in problem

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from quietport.sshagent.names import AgentAccessError, duration, moment_of, now,
 from quietport.sshagent.process import Process, boot_id, start_of
 from quietport.sshagent.prune import prune
 from quietport.sshagent.record import InvalidError, Record, parse_agent_env, parse_record
-from quietport.sshagent.root import MissingError, Root, UnsafeError, locked, open_root, root_path
+from quietport.sshagent.root import MissingError, UnsafeError, locked, open_root, root_path
 from quietport.sshagent.stop import stop
 from tests.unit.sshagent_world import World, gone_pid, short_folder
 
@@ -39,22 +39,13 @@ def _world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, folder / "no-key")
 
 
-@contextmanager
-def opened(world: World) -> Iterator[Root]:
-    root = world.opened()
-    try:
-        yield root
-    finally:
-        root.close()
-
-
 def words(world: World, *, dry: bool = False) -> dict[str, str]:
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         return {verdict.id: verdict.word for verdict in prune(root, dry=dry)}
 
 
 def status(world: World, name: str) -> str:
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         return sessions.look(root, name).status
 
 
@@ -144,7 +135,7 @@ def test_the_root_is_the_user_s_by_uid(monkeypatch: pytest.MonkeyPatch, world: W
 
 
 def test_the_lock_keeps_others_out_for_a_while(world: World) -> None:
-    with opened(world) as first, opened(world) as second:
+    with closing(world.opened()) as first, closing(world.opened()) as second:
         with (
             locked(first),
             pytest.raises(AgentAccessError, match="still locked"),
@@ -202,7 +193,7 @@ def test_status_from_what_can_be_proved(world: World) -> None:
     ]  # fmt: skip
     made = [(world.fabricate(**changes), expected, reason) for changes, expected, reason in cases]
     for _ in (1, 2):  # a second look finds it written down, and says the same
-        with opened(world) as root:
+        with closing(world.opened()) as root:
             found, problem = sessions.everything(root)
         assert problem == ""
         by_id = {session.id: session.to_json() for session in found}
@@ -223,9 +214,9 @@ def test_the_event_of_a_crash_is_written_once_also_when_its_writer_was_killed_in
     world: World,
 ) -> None:
     record = world.fabricate()
-    with opened(world) as root, locked(root):
+    with closing(world.opened()) as root, locked(root):
         audit.append(root, "crashed", record.id, reason="wrapper-died", duration_s=None, exit_status=None)
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         sessions.everything(root)
     assert world.events() == ["created", "crashed"]
     assert json.loads((world.directory(record) / "session.json").read_text())["status"] == "crashed"
@@ -234,12 +225,12 @@ def test_the_event_of_a_crash_is_written_once_also_when_its_writer_was_killed_in
 def test_an_end_that_is_in_the_audit_alone_is_believed(world: World) -> None:
     """Its writer was killed between the event and the record."""
     record, odd = world.fabricate(), world.fabricate()
-    with opened(world) as root, locked(root):
+    with closing(world.opened()) as root, locked(root):
         told = {"reason": "command-ended", "duration_s": 12.5, "exit_status": 4}
         audit.append(root, "stopped", record.id, **told)
         audit.append(root, "stopped", odd.id, reason=["no"], duration_s="x", exit_status=999)
     for _ in (1, 2):
-        with opened(world) as root:
+        with closing(world.opened()) as root:
             entries = {session.id: session.to_json() for session in sessions.everything(root)[0]}
         entry = entries[record.id]
         assert (entry["status"], entry["exit_reason"]) == ("stopped", "command-ended")
@@ -465,7 +456,7 @@ def test_no_change_of_bytes_makes_prune_delete_what_is_not_valid(
 @given(data=st.binary(max_size=200))
 def test_any_bytes_in_the_audit(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     world = World(tmp_path_factory.mktemp("w"), Path("/none"))
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         place = world.root / "audit.jsonl"
         place.write_bytes(data)
         place.chmod(0o600)
@@ -483,7 +474,7 @@ def test_a_torn_line_costs_only_itself(world: World) -> None:
     whole = place.read_bytes()
     for size in range(1, len(whole) - 1, 7):
         place.write_bytes(whole + whole[:size])
-        with opened(world) as root:
+        with closing(world.opened()) as root:
             with locked(root):
                 audit.append(root, "pruned", record.id)
             trail = audit.read(root)
@@ -496,7 +487,7 @@ def test_a_line_that_does_not_fit_is_taken_back(world: World) -> None:
     place = world.root / "audit.jsonl"
     before = place.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with opened(world) as root, locked(root):
+    with closing(world.opened()) as root, locked(root):
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
         try:
             with pytest.raises(AgentAccessError, match=r"audit\.jsonl cannot be written"):
@@ -525,11 +516,11 @@ def test_an_audit_that_is_not_private_is_not_written_to(world: World, kind: str)
         else:
             place.mkdir(mode=0o600)
     before = snapshot(world.folder)
-    with opened(world) as root, locked(root), pytest.raises(AgentAccessError):
+    with closing(world.opened()) as root, locked(root), pytest.raises(AgentAccessError):
         audit.append(root, "pruned", record.id)
     assert snapshot(world.folder) == before
     # What is listed is true, though it cannot be written down.
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         (session,), problem = sessions.everything(root)
     assert (session.status, bool(problem)) == ("crashed", True)
 
@@ -541,7 +532,7 @@ def test_rotation_keeps_ninety_days_and_no_more(world: World, monkeypatch: pytes
     most = 0
     # Four lines a day, the size limit small enough to matter.
     monkeypatch.setattr(audit, "ROTATE_BYTES", 2000)
-    with opened(world) as root, locked(root):
+    with closing(world.opened()) as root, locked(root):
         for hours in range(0, 24 * 300, 6):
             later = moment + timedelta(hours=hours)
             monkeypatch.setattr(audit, "now", lambda later=later: later)
@@ -555,7 +546,7 @@ def test_rotation_keeps_ninety_days_and_no_more(world: World, monkeypatch: pytes
     assert most < 4 * 130
     # By age alone, too: a first line of 30 days.
     monkeypatch.setattr(audit, "ROTATE_BYTES", 1 << 20)
-    with opened(world) as root, locked(root):
+    with closing(world.opened()) as root, locked(root):
         count = len(list(world.root.glob("audit-*.jsonl")))
         monkeypatch.setattr(audit, "now", lambda: newest + 31 * day)
         audit.append(root, "pruned", record.id)
@@ -592,7 +583,7 @@ def _keeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def asked_to_stop(world: World, record: Record) -> str:
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         return stop(root, record.id)
 
 
@@ -638,7 +629,7 @@ def test_stop_of_what_is_no_session(world: World) -> None:
     (world.directory(record) / "session.json").write_text("{")
     with pytest.raises(AgentAccessError, match="is invalid"):
         asked_to_stop(world, record)
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         for name in ("", "..", "x", f"{record.id}/"):
             with pytest.raises(AgentAccessError, match="not the id"):
                 stop(root, name)
@@ -647,7 +638,7 @@ def test_stop_of_what_is_no_session(world: World) -> None:
 def test_staged_leftovers_of_a_killed_process_go(world: World) -> None:
     record = world.fabricate()
     started, published = "20260102T030405Z-00000001", "20260102T030405Z-00000002"
-    with opened(world) as root, locked(root):
+    with closing(world.opened()) as root, locked(root):
         audit.append(root, "created", published, ttl_s=5)
     staging = world.root / "staging"
     for name in (f"new-{started}", f"new-{published}", "new-x", "other"):
@@ -661,7 +652,7 @@ def test_staged_leftovers_of_a_killed_process_go(world: World) -> None:
     (theirs / "session.json").write_text("{}")
     (theirs / "session.json").chmod(0o600)
     # Killed between the rename and the event of a prune.
-    with opened(world) as root:
+    with closing(world.opened()) as root:
         sessions.everything(root)
     world.directory(record).rename(staging / f"pruned-{record.id}")
     assert words(world) == {}
