@@ -53,7 +53,7 @@ def table(listeners: Sequence[Mapping[str, Any]]) -> str:
         rows.append((_text(entry, "exposure"), _text(entry, "verdict"), protocol, where, process, unit))
         if hint := _text(entry, "hint"):
             hints.append(f"{protocol} {where}: {hint}")
-    return "\n".join(_aligned(rows) + ([""] if hints else []) + hints)
+    return "\n".join(aligned(rows) + ([""] if hints else []) + hints)
 
 
 def _openness(entry: Mapping[str, Any]) -> int:
@@ -71,7 +71,8 @@ def _where(entry: Mapping[str, Any]) -> str:
     return f"[{address}]:{port}" if address.count(":") > 1 else f"{address}:{port}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of one table as lines, each column as wide as its widest cell."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
