@@ -29,7 +29,7 @@ from control.session import Session, Way
 from control.settings import settings_for
 from quietport.doctor.model import Status
 from quietport.errors import FINE, PROBLEM, UNKNOWN, printable
-from quietport.ports_cli import aligned
+from quietport.table import aligned
 
 LINKS_TIMEOUT_S = 20.0
 SCAN_TIMEOUT_S = 60.0
@@ -156,21 +156,17 @@ def examine(name: str) -> Row:
 
 def _enter(name: str) -> tuple[Session | None, Tailnet, str]:
     """A session, what became of the way through the tailnet, and why there is no session, else ""."""
-    failures: list[ReachError] = []
     try:
         session = open_session(name, way="tailnet", keys_only=True)
-    except ReachError as error:
-        failures.append(error)
-    except _TROUBLE as error:
-        return None, Tailnet(ok=False, reason=asking.why(name, error)), asking.why(name, error)
-    else:
         return session, _path(session), ""
-    tailnet = Tailnet(ok=False, reason=asking.why(name, failures[0]))
+    except _TROUBLE as error:
+        failure = error
+    tailnet = Tailnet(ok=False, reason=asking.why(name, failure))
     try:
         return open_session(name, way="public"), tailnet, ""
-    except ReachError as error:
-        return None, tailnet, asking.why(name, combined(name, [*failures, error]))
     except _TROUBLE as error:
+        if isinstance(failure, ReachError) and isinstance(error, ReachError):
+            error = combined(name, [failure, error])
         return None, tailnet, asking.why(name, error)
 
 

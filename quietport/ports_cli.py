@@ -13,6 +13,7 @@ from quietport.errors import FINE, PROBLEM, HostProgramError, printable
 from quietport.ports import Judged, judge, report
 from quietport.ss import parse_ss
 from quietport.survey import survey
+from quietport.table import aligned
 
 MAX_INPUT_BYTES = 64 << 20
 
@@ -69,14 +70,6 @@ def _where(entry: Mapping[str, Any]) -> str:
     address, port = _text(entry, "address"), _text(entry, "port")
     # Every port is 0: a tailnet service that has an address of its own.
     return f"[{address}]:{port}" if address.count(":") > 1 else f"{address}:{port}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of one table as lines, each column as wide as its widest cell."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _read(name: str) -> str:
