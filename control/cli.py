@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyinfra.api.exceptions import PyinfraError
 
-from control import apply, example, plan, ports, reach, state, verify
+from control import apply, doctor, example, plan, ports, reach, state, verify
 from control.errors import SettingsError
 from control.settings import fleet, nearest
 
@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
     asked.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     asked.set_defaults(run=_ports)
+    examined = verbs.add_parser(
+        "doctor", help="how the hosts are, by their own word and seen from outside of them"
+    )
+    examined.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
+    examined.add_argument("--json", action="store_true", help="as JSON; its keys are in control/doctor.py")
+    examined.set_defaults(run=_doctor)
     for verb, what in PLANNING.items():
         planning = verbs.add_parser(verb, help=what)
         planning.add_argument("names", metavar="NAME", nargs="*", help="only these hosts")
@@ -100,6 +106,10 @@ def _apply(options: argparse.Namespace) -> int:
 
 def _ports(options: argparse.Namespace) -> int:
     return ports.run(options.names, as_json=options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    return doctor.run(options.names, as_json=options.json)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -7,24 +7,16 @@ With --json one object: {"schema": 1, "ok": no host has a violation and every on
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from control import asking
 from control.errors import QuietportError
-from control.guard import LAUNCHER, last_line
 from control.reach import open_session
-from control.session import Result
-from control.settings import fleet, settings_for
+from control.session import Session
 from quietport.errors import FINE, PROBLEM, printable
 from quietport.ports_cli import table
-
-SCHEMA = 1
-ANSWER_S = 60.0
-AT_ONCE = 8
-_NOT_FOUND = 127
 
 
 @dataclass(frozen=True)
@@ -53,15 +45,11 @@ def run(names: Sequence[str], *, as_json: bool) -> int:
 
     Raises SettingsError for a hosts file that cannot be used or an unknown name.
     """
-    chosen = list(dict.fromkeys(names)) or list(fleet().hosts)
-    for name in chosen:
-        settings_for(name)
-    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
-        answers = list(pool.map(ask, chosen))
+    answers = asking.everyone(names, ask)
     ok = all(answer.ok for answer in answers)
     if as_json:
         hosts = {answer.name: {"report": answer.report, "error": answer.error} for answer in answers}
-        print(json.dumps({"schema": SCHEMA, "ok": ok, "hosts": hosts}))
+        print(json.dumps({"schema": asking.SCHEMA, "ok": ok, "hosts": hosts}))
     else:
         print("\n\n".join(answer.text() for answer in answers))
     return 0 if ok else 1
@@ -71,24 +59,17 @@ def ask(name: str) -> Answer:
     """What the host called `name` says. Never raises for a host's sake."""
     try:
         with open_session(name) as session:
-            return parse(name, session.run(shlex.join([LAUNCHER, "ports", "--json"]), timeout=ANSWER_S))
+            return Answer(name, report=report(session))
     except (QuietportError, TimeoutError, OSError, EOFError) as error:
-        return Answer(name, error=str(error).removeprefix(f"{name}: "))
+        return Answer(name, error=asking.why(name, error))
 
 
-def parse(name: str, done: Result) -> Answer:
-    """The answer in what the program printed on the host."""
-    if done.exit_code == _NOT_FOUND:
-        return Answer(name, error=f"it has no quietport program yet. Converge it: quietport apply {name}")
-    if done.exit_code not in (FINE, PROBLEM):
-        return Answer(name, error=f"it could not tell: {last_line(done.stdout, done.stderr)}")
-    try:
-        report = json.loads(done.stdout)
-        listeners = report["listeners"]
-        understood = report["schema"] == SCHEMA and all(isinstance(one, dict) for one in listeners)
-        agrees = report["ok"] is (done.exit_code == FINE)
-    except (ValueError, KeyError, TypeError):
-        understood = agrees = False
-    if not (understood and agrees):
-        return Answer(name, error="its report is not understood; its programs may be of another version.")
-    return Answer(name, report=report)
+def report(session: Session) -> dict[str, Any]:
+    """What `quietport ports --json` prints on the host. Raises as asking.report does."""
+    return asking.report(session, "ports", fits=_fits)
+
+
+def _fits(document: dict[str, Any], code: int) -> bool:
+    listeners = document["listeners"]
+    agrees = code in (FINE, PROBLEM) and document["ok"] is (code == FINE)
+    return agrees and isinstance(listeners, list) and all(isinstance(one, dict) for one in listeners)

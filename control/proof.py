@@ -60,16 +60,25 @@ def prove(name: str, addresses: Sequence[str] | None = None) -> Proof:
     except QuietportError as error:
         return Proof(ok=False, sentence=str(error))
     try:
-        _require_sshd(session)
-        _require_interface(session)
+        sentence = accepted(session)
     except (QuietportError, TimeoutError) as error:
         session.close()
         return Proof(ok=False, sentence=str(error))
     except BaseException:
         session.close()
         raise
-    sentence = f"{name}: a new key login over the tailnet ({session.address}) was accepted by sshd."
     return Proof(ok=True, sentence=sentence, session=session)
+
+
+def accepted(session: Session) -> str:
+    """The sentence that a new login, made with keys only and the way forced, proves the tailnet path.
+
+    Raises ReachError when sshd did not accept it, or not at an address of the tailnet's interface;
+    TimeoutError when the host does not say.
+    """
+    _require_sshd(session)
+    _require_interface(session)
+    return f"{session.name}: a new key login over the tailnet ({session.address}) was accepted by sshd."
 
 
 def prove_public(name: str) -> Proof:

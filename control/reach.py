@@ -24,7 +24,16 @@ from control.secret import Secret, resolve
 from control.session import Session, Way
 from control.settings import HostSettings, fleet, settings_for
 
-__all__ = ["Route", "open_session", "remember_port", "remember_tailnet", "route", "ssh_config"]
+__all__ = [
+    "Route",
+    "combined",
+    "open_session",
+    "public_route",
+    "remember_port",
+    "remember_tailnet",
+    "route",
+    "ssh_config",
+]
 
 CONNECT_TIMEOUT_S = 10.0
 # A host that is on the tailnet and has nothing at sshd's port: so it is while sshd restarts, which takes
@@ -38,7 +47,30 @@ def route(name: str) -> Route:
     """The way to `name` as known now, without connecting. Raises SettingsError or ReachError."""
     settings = settings_for(name)
     known = _known_addresses(settings, state.load(name))
-    return _tailnet_route(name, known[0]) if known else _public_route(name)
+    return _tailnet_route(name, known[0]) if known else public_route(name)
+
+
+def public_route(name: str) -> Route:
+    """The way to `name` at its public address, as ~/.ssh/config has it. Raises as `route` does."""
+    settings = settings_for(name)
+    options = (
+        sshconfig.SshOptions() if state.is_lab_file(fleet().file) else sshconfig.lookup(settings.address)
+    )
+    base = _base_route(name, settings)
+    port = settings.port if "port" in settings.model_fields_set else options.port or settings.port
+    if settings.break_glass_cidrs and state.load(name).tailnet_port == pins.SSH_PORT:
+        # Once converged, sshd listens on one port, at every address; `port` is that of the blank host.
+        port = pins.SSH_PORT
+    return replace(
+        base,
+        way="public",
+        address=options.hostname or settings.address,
+        port=port,
+        proxy=options.proxy,
+        identity_files=options.identity_files,
+        identities_only=options.identities_only,
+        identity_agent=options.identity_agent,
+    )
 
 
 def open_session(
@@ -77,7 +109,23 @@ def open_session(
         for attempt in restarting:
             with contextlib.suppress(ReachError):
                 return _open(attempt, settings, keys_only=keys_only, timeout=timeout)
-    raise _all_failed(name, failures)
+    raise combined(name, failures)
+
+
+def combined(name: str, failures: Sequence[ReachError]) -> ReachError:
+    """One error for every way to `name` that failed, each next step once."""
+    if not failures:
+        return ReachError(
+            f"{name}: no tailnet address is known: the host has not joined, or not from here.",
+            hint="Run the converge, or set tailnet_address.",
+        )
+    if len(failures) == 1:
+        return failures[0]
+    first, *others = failures
+    words = " ".join([first.what, *(error.what.removeprefix(f"{name}: ") for error in others)])
+    # Each way has a next step of its own; two ways that failed alike have one.
+    hints = dict.fromkeys(error.hint for error in failures if error.hint)
+    return ReachError(words, hint=" ".join(hints))
 
 
 def remember_tailnet(name: str, addresses: Iterable[str]) -> None:
@@ -121,7 +169,7 @@ def _attempts(
     known = state.load(name)
     chosen = tuple(addresses) if addresses is not None else _known_addresses(settings, known)
     if way == "public":
-        yield _Attempt(_public_route(name))
+        yield _Attempt(public_route(name))
         return
     for address in chosen:
         yield _Attempt(_tailnet_route(name, address))
@@ -132,7 +180,7 @@ def _attempts(
     if identified or way == "tailnet":
         yield from _found_attempts(name, settings, chosen, claimed=not identified)
     if way is None:
-        yield _Attempt(_public_route(name))
+        yield _Attempt(public_route(name))
         if not identified:
             yield from _found_attempts(name, settings, chosen, claimed=True)
 
@@ -162,32 +210,10 @@ def _known_addresses(settings: HostSettings, known: state.HostState) -> tuple[st
     return tuple(dict.fromkeys(stated + known.tailnet_addresses))
 
 
-def _public_route(name: str) -> Route:
-    settings = settings_for(name)
-    options = (
-        sshconfig.SshOptions() if state.is_lab_file(fleet().file) else sshconfig.lookup(settings.address)
-    )
-    base = _base_route(name, settings)
-    port = settings.port if "port" in settings.model_fields_set else options.port or settings.port
-    if settings.break_glass_cidrs and state.load(name).tailnet_port == pins.SSH_PORT:
-        # Once converged, sshd listens on one port, at every address; `port` is that of the blank host.
-        port = pins.SSH_PORT
-    return replace(
-        base,
-        way="public",
-        address=options.hostname or settings.address,
-        port=port,
-        proxy=options.proxy,
-        identity_files=options.identity_files,
-        identities_only=options.identities_only,
-        identity_agent=options.identity_agent,
-    )
-
-
 def _tailnet_route(name: str, address: str) -> Route:
     settings = settings_for(name)
     # The keys are those of the public address: it is the same login on the same host.
-    public = _public_route(name)
+    public = public_route(name)
     known_port = state.load(name).tailnet_port
     return replace(
         public, way="tailnet", address=address, port=known_port or pins.SSH_PORT, proxy=settings.tailnet_proxy
@@ -295,27 +321,12 @@ def _secret(source: str, what: str) -> Secret:
     return resolve(source, what=what)
 
 
-def _all_failed(name: str, failures: list[ReachError]) -> ReachError:
-    if not failures:
-        return ReachError(
-            f"{name}: no tailnet address is known: the host has not joined, or not from here.",
-            hint="Run the converge, or set tailnet_address.",
-        )
-    if len(failures) == 1:
-        return failures[0]
-    first, *others = failures
-    words = " ".join([first.what, *(error.what.removeprefix(f"{name}: ") for error in others)])
-    # Each way has a next step of its own; two ways that failed alike have one.
-    hints = dict.fromkeys(error.hint for error in failures if error.hint)
-    return ReachError(words, hint=" ".join(hints))
-
-
 def _config_blocks(name: str) -> Iterator[str]:
     settings = settings_for(name)
     known = state.load(name)
     pins.write_known_hosts(name, settings=settings)
     strict = bool(known.host_keys)
-    public = _public_route(name)
+    public = public_route(name)
     tailnet = [_tailnet_route(name, address) for address in _known_addresses(settings, known)]
     now = tailnet[0] if tailnet else public
     yield _block([name], now, strict=strict, host_name=now.address)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import scan as scanner
+from control import scan as scanner
 from lab.process import LabError, run, succeeds
 from lab.state import Run, Target
 

@@ -15,9 +15,10 @@ import testinfra
 from _pytest.junitxml import xml_key
 
 from control.errors import QuietportError
+from control.outside import Seen
 from control.settings import HostSettings, fleet
 from tests.spec import backend, snapshot
-from tests.spec.public_side import Seen, begin
+from tests.spec.public_side import begin
 from tests.spec.reading import Reading
 
 backend.register()

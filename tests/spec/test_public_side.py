@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from control import outside, scan
+from control.outside import Seen
 from control.settings import HostSettings
 from facts.docker import PublishedPorts
-from lab import public, scan
-from tests.spec.public_side import Seen, lab_target
+from lab import public
 from tests.spec.reading import Reading
 
 
@@ -42,10 +43,9 @@ def test_a_full_scan_finds_nothing_open(
     seen = full_scan.result()
     with capsys.disabled():
         print(f" [{reading.name}: {', '.join(seen.open)} probed from {seen.where}]", end="")
-    assert seen.open
-    declared = {22} if settings.break_glass_cidrs else set()
-    declared |= {one.port for one in settings.public_listeners if one.protocol == "tcp"}
-    assert {address: ports for address, ports in seen.open.items() if set(ports) - declared} == {}
+    judged = outside.judge(settings, seen)
+    assert judged.asked, judged.reason
+    assert judged.open == ()
 
 
 def test_the_scan_can_see_an_open_port(reading: Reading) -> None:
@@ -59,7 +59,7 @@ def test_the_scan_can_see_an_open_port(reading: Reading) -> None:
 
 def test_no_container_is_reachable(reading: Reading) -> None:
     """Published ports at the host's addresses; containers at their own, for a neighbour that routes there."""
-    target = lab_target(reading.name)
+    target = outside.neighbour(reading.name)
     published = reading.fact(PublishedPorts)
     if not published:
         pytest.skip("no container publishes a port on this host")
@@ -71,8 +71,8 @@ def test_no_container_is_reachable(reading: Reading) -> None:
     own = [network[key] for network in networks for key in families if network.get(key)]
     assert own
     inside = public.scan(target, own, ports=ports_of(published, "container_port"))
-    outside = public.scan(target, ports=ports_of(published, "host_port"))
-    assert {address: ports.open for address, ports in {**inside, **outside}.items() if ports.open} == {}
+    at_the_host = public.scan(target, ports=ports_of(published, "host_port"))
+    assert {address: ports.open for address, ports in {**inside, **at_the_host}.items() if ports.open} == {}
 
 
 def ports_of(published: list[dict[str, int]], key: str) -> str:

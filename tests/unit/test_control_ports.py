@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from control import cli, ports
+from control import asking, cli, ports
 from control.errors import ReachError
 from control.session import Result
 from tests.unit.control_sshd import NEEDS_ROOT, Operator, Server
@@ -41,7 +41,8 @@ BAD = printed(LISTENER, OK)
 class Opened:
     """A session whose only command has one answer."""
 
-    def __init__(self, result: Result | Exception) -> None:
+    def __init__(self, name: str, result: Result | Exception) -> None:
+        self.name = name
         self.result = result
         self.asked: list[str] = []
 
@@ -52,7 +53,7 @@ class Opened:
         return None
 
     def run(self, command: str, *, timeout: float) -> Result:
-        assert timeout == ports.ANSWER_S
+        assert timeout == asking.ANSWER_S
         self.asked.append(command)
         if isinstance(self.result, Exception):
             raise self.result
@@ -69,7 +70,7 @@ def ask(operator: Operator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     def run(answers: dict[str, Result | Exception], *arguments: str) -> tuple[int, str]:
         text = "".join(f'[hosts.{name}]\naddress = "{name}.example.org"\n' for name in answers)
         operator.hosts(text)
-        monkeypatch.setattr(ports, "open_session", lambda name: Opened(answers[name]))
+        monkeypatch.setattr(ports, "open_session", lambda name: Opened(name, answers[name]))
         code = cli.main(["ports", *arguments])
         return code, capsys.readouterr().out
 
@@ -106,7 +107,8 @@ def test_json(ask: Ask) -> None:
     [
         (ReachError("a: nobody answers."), "a: nobody answers."),
         (TimeoutError("a: a command took longer than 60 s"), "took longer"),
-        (Result(127, b"", b"sh: not found"), "Converge it: quietport apply a"),
+        (Result(127, b"", b"sh: not found"), "Converge it: `quietport apply a`"),
+        (Result(2, b"", b"quietport: no program called 'ports'."), "another version. Converge it: "),
         (Result(3, b"", b"quietport ports: ss is not installed."), "could not tell: quietport ports: ss is"),
         (Result(-1, b"", b""), "could not tell: it said nothing"),
         (Result(0, b"", b""), "not understood"),
@@ -117,6 +119,8 @@ def test_json(ask: Ask) -> None:
         (printed(OK, ok="yes"), "not understood"),
         (printed(OK, code=1), "not understood"),
         (printed(LISTENER, code=0), "not understood"),
+        (printed(LISTENER, code=3), "not understood"),
+        (Result(0, b"[" * 100_000, b""), "not understood"),
     ],
 )
 def test_what_is_not_an_answer_is_never_fine(answer: Result | Exception, words: str, ask: Ask) -> None:
@@ -140,7 +144,7 @@ def test_over_a_real_connection(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     program = tmp_path / "quiet port"
-    monkeypatch.setattr(ports, "LAUNCHER", str(program))
+    monkeypatch.setattr(asking, "LAUNCHER", str(program))
     operator.host(port=server.port)
     assert cli.main(["ports"]) == 1
     assert "vps1: it has no quietport program yet." in capsys.readouterr().out

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from control import scan
 from lab import (
     bootstrap,
     cli,
@@ -29,7 +30,6 @@ from lab import (
     images,
     network,
     process,
-    scan,
     testimage,
 )
 from lab.process import LabError, Process

@@ -1,8 +1,8 @@
 """What is open over TCP, seen from where this runs. Standard library only: it runs in a namespace.
 
-    python3 -I lab/scan.py ports ADDRESS... [--ports 1-65535]   {"schema": 1, "addresses": {ADDRESS: {...}}}
-    python3 -I lab/scan.py connect ADDRESS PORT                 {"schema": 1, "answer": "open"}
-    python3 -I lab/scan.py http URL                             {"schema": 1, "status": 200, "body": "..."}
+    python3 -I control/scan.py ports ADDRESS... [--ports 22,80-90]  {"schema": 1, "addresses": {...}}
+    python3 -I control/scan.py connect ADDRESS PORT                {"schema": 1, "answer": "open"}
+    python3 -I control/scan.py http URL                            {"schema": 1, "status": 200, "body": "..."}
 
 Of an address: `open` (port numbers), `refused` (how many said no), `silent` (how many said nothing) and
 `unreachable` (how many a router turned away). An address that answers nothing at all is all silence; only
