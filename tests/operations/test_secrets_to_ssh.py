@@ -22,6 +22,7 @@ from control.secret import Secret
 from control.settings import HostSettings
 from operations import files, gate, guard, secret, sshd, timers, ufw
 from quietport import sshd as pure
+from quietport import ufw_rules
 from tests.operations import fixtures
 from tests.operations.fixtures import digest, scalar
 
@@ -79,22 +80,24 @@ def test_every_operation_has_fixtures() -> None:
     [
         [],
         ["deny in on tailscale0", "allow 41641/udp"],
-        ["limit 22/tcp", *(rule.shown() for rule in reversed(ufw.WANTED))],
+        ["limit 22/tcp", *(rule.shown() for rule in reversed(ufw_rules.WANTED))],
         ["allow log 41641/udp", "reject from any", "allow 22"],
         ["allow 'Nginx Full'", "deny out 25", "route deny in on a", "allow 1/udp comment 'quietport: old'"],
     ],
 )
 @pytest.mark.parametrize("prune", [False, True])
 def test_after_the_changes_there_is_nothing_left_to_change(rules: list[str], *, prune: bool) -> None:
-    wanted = ufw.changes(rules, prune_foreign=prune)
+    wanted = ufw_rules.changes(rules, prune_foreign=prune)
     assert wanted
-    after = [rule for rule in rules if ufw.bare(rule) not in wanted.delete]
+    after = [rule for rule in rules if ufw_rules.bare(rule) not in wanted.delete]
     texts = {rule.text: rule for rule in wanted.add}
-    after = [texts.pop(ufw.bare(rule)).shown() if ufw.bare(rule) in texts else rule for rule in after]
+    after = [
+        texts.pop(ufw_rules.bare(rule)).shown() if ufw_rules.bare(rule) in texts else rule for rule in after
+    ]
     after = [rule.shown() for rule in wanted.prepend] + after + [rule.shown() for rule in texts.values()]
-    assert not ufw.changes(after, prune_foreign=prune)
+    assert not ufw_rules.changes(after, prune_foreign=prune)
     if prune:
-        assert sorted(after) == sorted(rule.shown() for rule in ufw.WANTED)
+        assert sorted(after) == sorted(rule.shown() for rule in ufw_rules.WANTED)
 
 
 def test_an_open_default_outwards_is_laid_down_as_ufw_does() -> None:
