@@ -13,6 +13,7 @@ from quietport.errors import FINE, PROBLEM, HostProgramError, printable
 from quietport.ports import Judged, judge, report
 from quietport.ss import parse_ss
 from quietport.survey import survey
+from quietport.table import aligned
 
 MAX_INPUT_BYTES = 64 << 20
 
@@ -53,7 +54,7 @@ def table(listeners: Sequence[Mapping[str, Any]]) -> str:
         rows.append((_text(entry, "exposure"), _text(entry, "verdict"), protocol, where, process, unit))
         if hint := _text(entry, "hint"):
             hints.append(f"{protocol} {where}: {hint}")
-    return "\n".join(_aligned(rows) + ([""] if hints else []) + hints)
+    return "\n".join(aligned(rows) + ([""] if hints else []) + hints)
 
 
 def _openness(entry: Mapping[str, Any]) -> int:
@@ -69,13 +70,6 @@ def _where(entry: Mapping[str, Any]) -> str:
     address, port = _text(entry, "address"), _text(entry, "port")
     # Every port is 0: a tailnet service that has an address of its own.
     return f"[{address}]:{port}" if address.count(":") > 1 else f"{address}:{port}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _read(name: str) -> str:

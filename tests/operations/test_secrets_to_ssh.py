@@ -149,7 +149,7 @@ def converged() -> dict[str, Any]:
     names = [pure.UNIT, *pure.SOCKETS]
     sockets = {name: {"enabled": "masked", "active": "inactive"} for name in pure.SOCKETS}
     service = {"enabled": "enabled", "active": "active", "need_reload": False, "main_pid": 77}
-    asked = [f"user=admin, addr={address}" for address in sshd.ASKED_FROM]
+    asked = [f"user=admin, addr={address}" for address in pure.ASKED_FROM]
     return {
         "sshd.SshdFiles": {pure.MAIN: MAIN, pure.DROP_IN: pure.render(ADDRESSES)},
         "files.FileText": {f"path={pure.UNIT_DROP_IN}": sshd.UNIT_DROP_IN_TEXT},
@@ -160,7 +160,7 @@ def converged() -> dict[str, Any]:
             for address in ADDRESSES
         ],
         "sshd.SshdProcess": {"stale": False},
-        "sshd.SshdEffective": {f"addr={a}, user=admin": KEYS_ONLY for a in sshd.ASKED_FROM}
+        "sshd.SshdEffective": {f"addr={a}, user=admin": KEYS_ONLY for a in pure.ASKED_FROM}
         | dict.fromkeys(asked, KEYS_ONLY),
     }
 

@@ -35,7 +35,7 @@ from facts.units import Units
 from operations.agent_access import LINGER, STATE
 from operations.programs import LAUNCHER, ZIPAPP
 from quietport.guard.arming import BOOT_UNIT
-from quietport.sshd import SOCKETS
+from quietport.sshd import ASKED_FROM, SOCKETS
 from tests.spec.reading import UNIT, line_of
 
 NEEDED = ("ufw", "openssh-server", "tailscale", "python3", "unattended-upgrades")
@@ -46,14 +46,10 @@ REPORT = "/var/lib/quietport/ports.json"
 # What Docker leaves to us, and the one that stands while Docker rearranges its own rules.
 CHAINS = (("filter", "DOCKER-USER"), ("mangle", "QUIETPORT-FORWARD"))
 FAMILIES = ("iptables", "ip6tables")
-# A tailnet address and a public one (RFC 5737) that are nobody's: Match blocks may treat them differently.
-ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 
 Question = tuple[str, ...]
 # Asked only when another answer is known.
-AFTERWARDS = (
-    "docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",
-)
+AFTERWARDS = ("docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",)
 QUESTIONS: tuple[Question, ...] = (
     ("apt-cache policy tailscale openssh-server",),
     ("apt-config dump APT::Periodic",),
