@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quietport import admission, opened
 from quietport.commands import is_installed, output_of
 from quietport.doctor.model import Check, Finding
-from quietport.doctor.steps import COMMAND_S, NOT_CONVERGED, apply
+from quietport.doctor.place import QUICK_S, by_converge
+from quietport.doctor.steps import NOT_CONVERGED
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_NETWORKS, read_bytes
 from quietport.ufw_rules import (
@@ -50,8 +51,8 @@ class Seen:
     at_boot: bool = True
     config: str = ""
     defaults: str = ""
-    rules: Mapping[int, str] | None = None
-    kernel: Mapping[int, str] | None = None
+    rules: Mapping[int, str] = field(default_factory=dict)
+    kernel: Mapping[int, str] = field(default_factory=dict)
 
 
 def look(declared: Mapping[str, Any]) -> list[Finding]:
@@ -67,7 +68,7 @@ def seen(root: Path = Path("/")) -> Seen:
     if not is_installed("ufw"):
         return Seen(installed=False)
     families = admission.families()
-    state = output_of(["systemctl", "show", "--value", "-p", "UnitFileState", SERVICE], timeout=COMMAND_S)
+    state = output_of(["systemctl", "show", "--value", "-p", "UnitFileState", SERVICE], timeout=QUICK_S)
     return Seen(
         at_boot=state.strip() == "enabled",
         config=_text(root, CONFIG_FILE),
@@ -86,10 +87,10 @@ def judge(now: Seen, declared: Mapping[str, Any], *, by_hand: bool = False) -> l
 
     Raises HostProgramError for rules that are not understood.
     """
-    mend = "`quietport close`" if by_hand else apply(declared)
+    mend = "`quietport close`" if by_hand else by_converge(declared)
     if not now.installed:
-        return [Finding("FAIL", "ufw is not installed.", apply(declared))]
-    rules, kernel = now.rules or {}, now.kernel or {}
+        return [Finding("FAIL", "ufw is not installed.", by_converge(declared))]
+    rules, kernel = now.rules, now.kernel
     firewall = _firewall(now)
     networks = [str(network) for network in declared.get(PUBLIC_NETWORKS) or []]
     wrong = reasons(
@@ -122,7 +123,7 @@ def judge(now: Seen, declared: Mapping[str, Any], *, by_hand: bool = False) -> l
 def _firewall(now: Seen) -> dict[str, Any]:
     """The host's firewall as the fact Ufw tells it. Raises HostProgramError."""
     kept = from_config(now.defaults, now.config)
-    rules, kernel = now.rules or {}, now.kernel or {}
+    rules, kernel = now.rules, now.kernel
     read = [text for family, text in sorted(rules.items()) if family == 4 or kept["ipv6"]]
     try:
         added = kept_added(read)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quietport.doctor.model import Check, Finding
+from quietport.doctor.place import LOOK_AGAIN
 from quietport.doctor.run import Row, moment_of, row, rows_of, unknown
-from quietport.doctor.steps import LOOK_NOW
 from quietport.errors import HostProgramError
 from quietport.hostfile import HostFileMissingError, read_json, write_atomic
 
@@ -82,16 +82,16 @@ def told(checks: Sequence[Check], at: datetime, *, folder: Path = FOLDER) -> dic
         document = latest(folder)
         kept = [] if document is None else rows_of(document)
     except HostProgramError as error:
-        return {check.name: [unknown(check.name, str(error), at, next_step=LOOK_NOW)] for check in checks}
+        return {check.name: [unknown(check.name, str(error), at, next_step=LOOK_AGAIN)] for check in checks}
     return {check.name: _told(check.name, kept, at) for check in checks}
 
 
 def _told(name: str, kept: Sequence[Row], at: datetime) -> list[Row]:
     rows = [one for one in kept if one.check == name]
     if not rows:
-        return [row(name, Finding("SKIP", "Not looked at yet.", LOOK_NOW), at)]
+        return [row(name, Finding("SKIP", "Not looked at yet.", LOOK_AGAIN), at)]
     moment = moment_of(rows[0].at)
     if moment is not None and -AHEAD <= at - moment <= OLD:
         return rows
     why = f"Looked at last on {rows[0].at}, which is not within the last {OLD.seconds // 3600} hours."
-    return [row(name, Finding("WARN", why, LOOK_NOW), at), *(one for one in rows if one.status == "FAIL")]
+    return [row(name, Finding("WARN", why, LOOK_AGAIN), at), *(one for one in rows if one.status == "FAIL")]

@@ -9,7 +9,7 @@ from typing import Any
 
 from quietport import opened
 from quietport.doctor.model import Check, Finding
-from quietport.doctor.steps import apply
+from quietport.doctor.place import by_converge
 from quietport.ports import PUBLISHED_HINT, SSHD_HINT, Judged
 from quietport.survey import survey
 
@@ -49,7 +49,7 @@ def _next_step(entry: Judged, declared: Mapping[str, Any], *, by_hand: bool, tra
     if by_hand and of_ssh:
         return "`quietport close`"
     if entry.hint == SSHD_HINT or of_ssh:
-        return apply(declared)
+        return by_converge(declared)
     if entry.hint == PUBLISHED_HINT and entry.container:
         return f"`docker stop {shlex.quote(entry.container)}`, and create it anew with the port on 127.0.0.1."
     if "`systemctl disable" in entry.hint and all((transient / unit).exists() for unit in units):

@@ -147,7 +147,8 @@ def rows_of(document: Mapping[str, Any]) -> list[Row]:
     entries = document.get("checks")
     found = []
     for entry in entries if isinstance(entries, list) else [None]:
-        texts = [entry.get(key) for key in ("check", "status", "reason", "next_step", "at")] if entry else []
+        keys = ("check", "status", "reason", "next_step", "at")
+        texts = [entry.get(key) for key in keys] if isinstance(entry, dict) else []
         if not texts or not all(isinstance(text, str) for text in texts) or texts[1] not in STATUSES:
             raise HostProgramError("a kept result is not one of this version.")
         check, status, reason, step, at = map(str, texts)

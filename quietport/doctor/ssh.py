@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from quietport import admission, opened, sshd, sshd_apply, sshd_follow
-from quietport.commands import output_of, run
+from quietport.commands import output_of
 from quietport.doctor.model import Check, Finding
-from quietport.doctor.steps import COMMAND_S, NOT_CONVERGED, apply
+from quietport.doctor.place import HERE, QUICK_S, by_converge
+from quietport.doctor.steps import NOT_CONVERGED
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_SSHD
 from quietport.times import SHOW_START, newest, properties, read_at, stale
@@ -23,16 +23,6 @@ _SHOW_SOCKETS = ("systemctl", "show", "-p", "Names", "-p", "LoadState", "-p", "A
 _SAID = 300
 
 
-def host() -> sshd_apply.Host:
-    """This host, with commands that have told within COMMAND_S seconds or not at all."""
-
-    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        done = run(argv, timeout=COMMAND_S)
-        return subprocess.CompletedProcess(list(argv), done.code, done.out, done.err)
-
-    return sshd_apply.Host(run=answer)
-
-
 # --- sockets ---
 
 
@@ -41,7 +31,7 @@ def look_at_sockets(declared: Mapping[str, Any]) -> list[Finding]:
     if not declared:
         return [NOT_CONVERGED]
     plain = [name for name in sshd.SOCKETS if "@." not in name]
-    shown = output_of([*_SHOW_SOCKETS, *plain, "ssh@*.socket", "sshd@*.socket"], timeout=COMMAND_S)
+    shown = output_of([*_SHOW_SOCKETS, *plain, "ssh@*.socket", "sshd@*.socket"], timeout=QUICK_S)
     templates = [name for name in sshd.SOCKETS if "@." in name]
     masked = {name for name in templates if _is_mask(_UNITS / name)}
     links = [link for link in sshd.SOCKET_LINKS if Path(link).is_symlink()]
@@ -72,7 +62,7 @@ def judge_sockets(
             continue
         # Where it holds sshd's port, sshd has to take over: no single command does that.
         alone = name not in active and not pulled
-        step = f"`systemctl mask {name}`" if alone else apply(declared)
+        step = f"`systemctl mask {name}`" if alone else by_converge(declared)
         found.append(Finding("FAIL", f"{name} is not masked: it can start an sshd of its own.", step))
     for name in sorted(active):
         if name in sshd.SOCKETS and name not in closed:
@@ -115,7 +105,7 @@ def look(declared: Mapping[str, Any]) -> list[Finding]:
     note = opened.read()
     if note is not None:
         return [Finding("FAIL", f"sshd was {note.sentence()}.", "`quietport close`")]
-    return judge(seen(host(), declared), declared)
+    return judge(seen(HERE.sshd_host(), declared), declared)
 
 
 def seen(place: sshd_apply.Host, declared: Mapping[str, Any]) -> Seen:
@@ -206,7 +196,7 @@ def judge(now: Seen, declared: Mapping[str, Any]) -> list[Finding]:
             Finding("FAIL", f"{sshd.UNIT} is not started at boot.", f"`systemctl enable {sshd.UNIT}`")
         )
     if now.refused:
-        step = f"Correct that line, until `{sshd_apply.SSHD} -t` is content. {apply(declared)}"
+        step = f"Correct that line, until `{sshd_apply.SSHD} -t` is content. {by_converge(declared)}"
         return [*found, Finding("FAIL", f"sshd refuses its configuration: {now.refused}", step)]
     found += _keys(now, declared)
     found += _places(now, declared)
@@ -239,7 +229,9 @@ def _keys(now: Seen, declared: Mapping[str, Any]) -> list[Finding]:
         for phrase in sshd.not_keys_only(effective):
             told.setdefault(phrase, (user, source))
     return [
-        Finding("FAIL", f"sshd does not take keys alone: {phrase} ({user} from {source}).", apply(declared))
+        Finding(
+            "FAIL", f"sshd does not take keys alone: {phrase} ({user} from {source}).", by_converge(declared)
+        )
         for phrase, (user, source) in told.items()
     ]
 
@@ -249,7 +241,9 @@ def _places(now: Seen, declared: Mapping[str, Any]) -> list[Finding]:
         if now.paused:
             step = f"`rm {sshd_follow.PAUSED}`"
             return [Finding("WARN", f"sshd does not follow the tailnet's addresses. {now.why}", step)]
-        return [Finding("FAIL", f"It is not known where sshd should listen. {now.why}", apply(declared))]
+        return [
+            Finding("FAIL", f"It is not known where sshd should listen. {now.why}", by_converge(declared))
+        ]
     if now.behind and declared.get(PUBLIC_SSHD) is not True:
         return [Finding("FAIL", now.behind, "`quietport sshd-follow --once`")]
     if now.listeners == now.wanted:
@@ -263,7 +257,7 @@ def _places(now: Seen, declared: Mapping[str, Any]) -> list[Finding]:
     named = {one for _, _, effective in now.effective for one in sshd.effective_listeners(effective)}
     if follows and {sshd.endpoint(one) for one in now.wanted} == named:
         return [Finding("FAIL", why, "`quietport sshd-follow --once`")]
-    return [Finding("FAIL", why, apply(declared))]
+    return [Finding("FAIL", why, by_converge(declared))]
 
 
 CHECKS = (Check("ssh-sockets", look_at_sockets), Check("sshd", look))

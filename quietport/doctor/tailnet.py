@@ -13,11 +13,10 @@ from typing import Any
 from quietport import admission
 from quietport.commands import is_installed, run
 from quietport.doctor.model import Check, Finding
+from quietport.doctor.place import HERE, QUICK_S, by_converge
 from quietport.doctor.run import utc_now
-from quietport.doctor.steps import COMMAND_S, apply
 from quietport.errors import HostProgramError
 from quietport.guard import tailnet as preferences
-from quietport.guard.machine import Machine
 from quietport.hostfile import PUBLIC_SSHD
 from quietport.net import TAILNET_INTERFACE
 from quietport.rtnetlink import addresses_on
@@ -46,7 +45,7 @@ def status() -> dict[str, Any] | None:
 @lru_cache(maxsize=1)
 def _asked() -> dict[str, Any] | None:
     try:
-        done = run(["tailscale", "status", "--json", "--peers=false"], timeout=COMMAND_S)
+        done = run(["tailscale", "status", "--json", "--peers=false"], timeout=QUICK_S)
     except HostProgramError:
         return None
     # It prints the document also where it fails because nobody is logged in.
@@ -75,7 +74,7 @@ def _node(document: Mapping[str, Any]) -> dict[str, Any]:
 def look(declared: Mapping[str, Any]) -> list[Finding]:
     """The check `tailnet`."""
     if not is_installed("tailscale"):
-        return [Finding("FAIL", "tailscale is not installed.", apply(declared))]
+        return [Finding("FAIL", "tailscale is not installed.", by_converge(declared))]
     document = status()
     if document is None:
         return [Finding("FAIL", "tailscaled does not answer.", _RESTART)]
@@ -84,7 +83,7 @@ def look(declared: Mapping[str, Any]) -> list[Finding]:
     return judge(
         _node(document),
         addresses_on(TAILNET_INTERFACE),
-        preferences.look(Machine()),
+        preferences.look(HERE),
         declared,
         families=admission.families(),
     )
@@ -95,7 +94,7 @@ def not_running(state: str, declared: Mapping[str, Any]) -> Finding:
     if state == "Stopped":
         return Finding("FAIL", "tailscale was switched off here (tailscale down).", "`tailscale up`")
     if state == "NeedsLogin":
-        step = f"Set auth_key to a fresh key in hosts.toml. {apply(declared)}"
+        step = f"Set auth_key to a fresh key in hosts.toml. {by_converge(declared)}"
         return Finding("FAIL", "The host is logged out of its tailnet, or its key has expired.", step)
     if state == "NeedsMachineAuth":
         step = "Approve it in the tailnet's admin console."

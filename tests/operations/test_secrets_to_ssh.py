@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_arguments_of_a_timer_reach_the_program_as_they_are() -> None:
 def test_programs_a_timer_cannot_have(program: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="a timer's program"):
         timers.command_line(program)
+
+
+def test_only_a_timer_that_talks_to_other_hosts_may() -> None:
+    quiet = timers.Timer(name="tidy", schedule="daily", program=("/usr/bin/true",), user="root")
+    texts = [
+        timers.unit_files(one)["/etc/systemd/system/quietport-tidy.service"]
+        for one in (quiet, replace(quiet, network=True))
+    ]
+    assert ["IPAddressDeny=any\n" in text for text in texts] == [True, False]
+    assert texts[0].replace("IPAddressDeny=any\n", "") == texts[1]
 
 
 def test_a_timer_that_needs_nothing_gets_nothing() -> None:
