@@ -9,16 +9,30 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from quietport.doctor import history, notify
 from quietport.doctor.checks import CHECKS
-from quietport.doctor.run import FAST_S, SLOW_S, Row, exit_code, report, run, state_of, text_of, utc_now
+from quietport.doctor.run import (
+    FAST_S,
+    SLOW_S,
+    Row,
+    exit_code,
+    moment_of,
+    report,
+    run,
+    state_of,
+    text_of,
+    utc_now,
+)
 from quietport.doctor.steps import name_of
 from quietport.errors import FINE, HostProgramError
 from quietport.hostfile import NOTIFY_COMMAND, host_settings
 from quietport.table import aligned
+
+# What was looked at within that time of the report needs no time of its own.
+_MOMENT = timedelta(minutes=1)
 
 
 def main(argv: list[str]) -> int:
@@ -79,5 +93,7 @@ def table(rows: Sequence[Row], *, name: str, at: datetime) -> str:
 
 
 def _reason(row: Row, at: datetime) -> str:
-    # Of what was found out another time, by the timer, the time counts.
-    return row.reason if row.at[:16] == text_of(at)[:16] else f"{row.reason} ({row.at})"
+    # Of what the timer found out, another time, the time counts.
+    moment = moment_of(row.at)
+    by_timer = moment is None or abs(at - moment) > _MOMENT
+    return f"{row.reason} ({row.at})" if by_timer else row.reason

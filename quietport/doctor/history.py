@@ -1,6 +1,6 @@
 """Results that are kept: the latest, which tells what is slow to find out, and those of the last 30 days.
 
-Below /var/lib/quietport/doctor (root, 0750): latest.json and runs/YYYYMMDDTHHMMSSZ.json are reports as
+Below /var/lib/quietport/doctor (root alone): latest.json and runs/YYYYMMDDTHHMMSSZ.json are reports as
 `quietport doctor --json` prints them (0640).
 """
 
