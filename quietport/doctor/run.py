@@ -27,6 +27,7 @@ Now = Callable[[], datetime]
 
 
 def utc_now() -> datetime:
+    """Now, with its zone."""
     return datetime.now(UTC)
 
 

@@ -24,9 +24,23 @@ def told(reading: Reading) -> dict[str, Any]:
     return document
 
 
+def wrong(told: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(one["check"], one["reason"]) for one in told["checks"] if one["status"] == "FAIL"]
+
+
 def test_it_finds_nothing_wrong(told: dict[str, Any]) -> None:
-    wrong = [f"{one['check']}: {one['reason']}" for one in told["checks"] if one["status"] == "FAIL"]
-    assert wrong == []
+    # What listens is whose host it is; the policy has specs of its own.
+    assert [one for one in wrong(told) if one[0] not in ("listeners", "published")] == []
+
+
+def test_it_has_the_policys_word_for_what_listens(reading: Reading, told: dict[str, Any]) -> None:
+    violations = [one for one in reading.reachable() if one["verdict"] == "violation"]
+    found = [reason for check, reason in wrong(told) if check == "listeners"]
+    assert sorted(found) == sorted(
+        f"{one['protocol']} {one['address']} port {one['port']} is public and may not be "
+        f"({', '.join(filter(None, (one['process'], one['unit']))) or 'no process'})."
+        for one in violations
+    )
 
 
 def test_it_can_tell_everything(told: dict[str, Any]) -> None:

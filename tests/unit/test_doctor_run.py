@@ -13,13 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.settings import HostSettings
+from deploys import programs, timers
 from quietport import cli as quietport_cli
 from quietport.commands import Done
 from quietport.commands import run as run_command
 from quietport.doctor import checks, cli, history, notify
 from quietport.doctor.model import Check, Finding, Status
 from quietport.doctor.place import LOOK_AGAIN, by_converge
-from quietport.doctor.run import Row, exit_code, report, row, rows_of, run, state_of, text_of
+from quietport.doctor.run import SLOW_S, Row, exit_code, report, row, rows_of, run, state_of, text_of
 from quietport.errors import HostProgramError
 
 AT = datetime(2026, 5, 1, 12, 0, 0, tzinfo=UTC)
@@ -346,6 +348,23 @@ def test_names_are_each_ones_own_and_in_order() -> None:
     core = ["tailnet", "key-expiry", "firewall", "listeners", "ssh-sockets", "sshd"]
     assert names[: len(core)] == core
     assert len(set(names)) == len(names)
+
+
+def test_host_json_tells_the_doctor_what_it_needs() -> None:
+    settings = HostSettings(address="192.0.2.1", notify_command=("tell", "ops"), accept_key_expiry=True)
+    declared = json.loads(json.dumps(programs.declared("vps1", settings)))
+    assert declared["notify_command"] == ["tell", "ops"]
+    needed = ("accept_key_expiry", "prune_foreign", "unattended_upgrades")
+    assert [declared[key] for key in needed] == [True, False, True]
+
+
+def test_the_timer_records_every_hour() -> None:
+    (timer,) = [one for one in timers.TIMERS if one.name == "doctor"]
+    assert timer.program[-2:] == ("doctor", "--record")
+    assert timer.schedule == "hourly"
+    # What it may take at most, the notification included, is over before systemd ends it.
+    assert timer.timeout_s > SLOW_S + notify.LIMIT_S
+    assert f"{timer.unit}.service" in LOOK_AGAIN
 
 
 def test_the_next_step_names_the_host() -> None:
