@@ -60,4 +60,6 @@ def docker(settings: HostSettings) -> None:
             repository=repository(settings, system["distribution"], system["codename"]),
         )
     operations.installed(name="docker: engine and compose installed, the engine running", source=source)
-    operations.group(name="docker: nobody in the docker group but docker_users", users=settings.docker_users)
+    operations.group(
+        name="docker: nobody in the docker group but docker_users", users=settings.docker_users
+    )

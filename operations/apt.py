@@ -199,7 +199,9 @@ def waiter() -> bytes:
 
 
 def _apt(text: str, *args: str) -> StringCommand:
-    return script(text, str(WAIT_S), *args, stdin=waiter(), timeout=INSTALL_TIMEOUT_S, why=aptwhy.why)
+    return script(
+        text, str(WAIT_S), *args, stdin=waiter(), timeout=INSTALL_TIMEOUT_S, why=aptwhy.why
+    )
 
 
 @operation()

@@ -142,7 +142,9 @@ def put(
 
 
 @operation()
-def directory(path: str, *, mode: str = "0755", user: str = "root", group: str = "root") -> Commands:
+def directory(
+    path: str, *, mode: str = "0755", user: str = "root", group: str = "root"
+) -> Commands:
     """The directory `path` exists with this mode and owner. Its parent must exist."""
     state = host.get_fact(FileState, path=path)
     right_kind = state["kind"] == "directory"
