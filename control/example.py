@@ -33,6 +33,7 @@ _SAMPLES: dict[str, Any] = {
     "docker_repository": "https://download.docker.com/linux/debian",
     "docker_users": ["agent"],
     "agent_known_hosts": ["git.example.org ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI"],
+    "notify_command": ["/usr/local/bin/tell-me", "ops"],
     "secrets": {"/etc/ai-ops-runner/secrets/openai_api_key": "env:OPENAI_API_KEY"},
 }
 _OWN = ("address", "hostname", "tailnet_address", "host_key")

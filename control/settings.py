@@ -242,6 +242,12 @@ class HostSettings(BaseModel):
     unattended_upgrades: bool = Field(
         True, strict=True, description="Install security updates, and tailscale's, without being asked."
     )
+    notify_command: tuple[str, ...] = Field(
+        (),
+        description="Program of the host, and its arguments, that is run there as root when the host's "
+        "doctor comes to another result, with the report on standard input. No shell, and no place for a "
+        "secret: let it read its own from a file.",
+    )
 
     @property
     def agents(self) -> tuple[str, ...]:
@@ -375,6 +381,15 @@ class HostSettings(BaseModel):
                 check_source(source)
             except ValueError as error:
                 raise ValueError(f"has for {path!r} a source that {error}") from None
+        return values
+
+    @field_validator("notify_command")
+    @classmethod
+    def _notify_command(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        if values and not values[0].strip():
+            raise ValueError('must begin with a program, such as ["/usr/local/bin/tell-me", "ops"]')
+        if any(not value.isprintable() for value in values):
+            raise ValueError("has a character that cannot be printed")
         return values
 
     @field_validator("break_glass_cidrs")

@@ -16,7 +16,7 @@ from facts.sshd import SshdFiles
 from operations import files
 from operations import programs as operations
 from quietport import sshd
-from quietport.hostfile import PUBLIC_LISTENERS, PUBLIC_NETWORKS, PUBLIC_SSHD
+from quietport.hostfile import NOTIFY_COMMAND, PUBLIC_LISTENERS, PUBLIC_NETWORKS, PUBLIC_SSHD
 
 HOST_JSON = "/etc/quietport/host.json"
 SCHEMA = 1
@@ -29,7 +29,9 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
     agent_users, docker_users: accounts. docker_source: debian, docker or none. login_server: control server
     of the tailnet. secret_files: paths of the files that hold secrets. sshd_may_be_public: sshd may listen on
     every address, while the firewall admits break_glass_cidrs alone. public_listeners: what else may be
-    public, each with protocol, port, unit (or null) and reason.
+    public, each with protocol, port, unit (or null) and reason. For the doctor: accept_key_expiry,
+    prune_foreign and unattended_upgrades as in hosts.toml; notify_command: what it runs (argv) when its
+    result is another.
     """
     return {
         "schema": SCHEMA,
@@ -44,6 +46,10 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
         PUBLIC_SSHD: bool(settings.break_glass_cidrs),
         PUBLIC_NETWORKS: list(settings.break_glass_cidrs),
         PUBLIC_LISTENERS: [one.model_dump(mode="json") for one in settings.public_listeners],
+        "accept_key_expiry": settings.accept_key_expiry,
+        "prune_foreign": settings.prune_foreign,
+        "unattended_upgrades": settings.unattended_upgrades,
+        NOTIFY_COMMAND: list(settings.notify_command),
     }
 
 

@@ -28,6 +28,21 @@ TIMERS = (
         writes=("/var/lib/quietport",),
         sees_processes=True,
     ),
+    Timer(
+        name="doctor",
+        schedule="hourly",
+        program=(LAUNCHER, "doctor", "--record"),
+        user="root",
+        # As the report; and the kernel tells its packet filter to an administrator of the network alone.
+        capabilities=("CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH", "CAP_NET_ADMIN"),
+        # Names are looked up, and notify_command tells somebody.
+        address_families=("AF_NETLINK", "AF_UNIX", "AF_INET", "AF_INET6"),
+        network=True,
+        writes=("/var/lib/quietport",),
+        sees_processes=True,
+        sees_homes=True,
+        jitter_s=1800,
+    ),
     # For a follower that is dead or stuck: templates/ssh/quietport-sshd-follow.service.
     Timer(
         name="sshd-follow-once",

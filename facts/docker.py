@@ -10,11 +10,11 @@ from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import one_host_at_most, quoted, sections, split
-from facts.times import SHOW_START, newest, properties, stale, started_at
 from quietport.containers import ATTEMPTS, FORMAT, SHIM, parse_published
 from quietport.docker_user import backend_of
 from quietport.errors import HostProgramError
 from quietport.processes import shell_is_running
+from quietport.times import SHOW_START, newest, properties, stale, started_at
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 _SOURCES = (("docker-ce", "docker"), ("docker.io", "debian"))

@@ -8,7 +8,7 @@ from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import decoded, one_host_at_most, quoted, sections, split
-from facts.times import SHOW_START, newest, properties, stale, started_at
+from quietport.times import SHOW_START, newest, properties, read_at, stale, started_at
 
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -109,12 +109,7 @@ class SshdProcess(FactBase[dict[str, Any]]):
         pid = int(shown.get("MainPID") or 0)
         changed = newest(parts["mtimes"].text, now=float(parts["now"].text or 0))
         started = started_at(shown.get("ExecMainStartTimestamp", "")) if pid else None
-        # A reload keeps the process, and changes the unit's state once more after the start.
-        entered, last = (
-            started_at(shown.get(f"{name}Timestamp", "")) for name in ("ActiveEnter", "StateChange")
-        )
-        reloaded = started is not None and entered is not None and last is not None and last > entered
-        read = last if reloaded else started
+        read = read_at(shown)
         return {
             "running": pid > 0,
             "pid": pid or None,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import one_host_at_most, sections, split
-
-_POLICIES = {"DROP": "deny", "REJECT": "reject", "ACCEPT": "allow"}
-_DEFAULTS = {"incoming": "INPUT", "outgoing": "OUTPUT", "routed": "FORWARD"}
+from quietport.ufw_rules import DEFAULTS, from_config, kernel_policies, parse_added
 
 
 def _nothing() -> dict[str, Any]:
@@ -19,7 +16,7 @@ def _nothing() -> dict[str, Any]:
         "installed": False,
         "active": False,
         "enabled": False,
-        "defaults": dict.fromkeys(_DEFAULTS),
+        "defaults": dict.fromkeys(DEFAULTS),
         "ipv6": False,
         "rules": [],
         "policies": {},
@@ -57,29 +54,10 @@ class Ufw(FactBase[dict[str, Any]]):
         parts = split(output, "installed", "added", "status", "defaults", "config", "ipv4", "ipv6")
         if parts["installed"].code != 0:
             return _nothing()
-        defaults = _assignments(parts["defaults"].text)
         return {
             "installed": True,
             "active": any(line.strip() == "Status: active" for line in parts["status"].text.splitlines()),
-            "enabled": _assignments(parts["config"].text).get("ENABLED", "").lower() == "yes",
-            "defaults": {
-                name: _POLICIES.get(defaults.get(f"DEFAULT_{chain}_POLICY", "").upper())
-                for name, chain in _DEFAULTS.items()
-            },
-            "ipv6": defaults.get("IPV6", "").lower() == "yes",
-            "rules": [
-                line.removeprefix("ufw ").strip()
-                for line in parts["added"].text.splitlines()
-                if line.startswith("ufw ")
-            ],
-            "policies": {
-                family: dict(re.findall(r"^-P (\S+) (\S+)$", parts[family].text, re.MULTILINE))
-                for family in ("ipv4", "ipv6")
-            },
+            **from_config(parts["defaults"].text, parts["config"].text),
+            "rules": parse_added(parts["added"].text),
+            "policies": {family: kernel_policies(parts[family].text) for family in ("ipv4", "ipv6")},
         }
-
-
-def _assignments(text: str) -> dict[str, str]:
-    """NAME=value lines of a shell-like file; the last one wins, as in the shell."""
-    found = re.findall(r"^[ \t]*([A-Z0-9_]+)=(.*)$", text, re.MULTILINE)
-    return {name: value.strip().strip("\"'") for name, value in found}

@@ -8,7 +8,7 @@ from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import one_host_at_most, quoted, sections, several, split
-from facts.times import properties, started_at
+from quietport.times import properties, started_at
 
 _PROPERTIES = (
     "Names",

@@ -38,8 +38,6 @@ _TEMPLATES = Path(__file__).parents[1] / "templates/ssh"
 UNIT_DROP_IN_TEXT = (_TEMPLATES / "ssh.service.conf").read_text()
 FOLLOWER = "quietport-sshd-follow.service"
 FOLLOWER_FILES = {f"{UNIT_FOLDER}/{FOLLOWER}": (_TEMPLATES / FOLLOWER).read_text()}
-# Nobody's addresses, one of the tailnet's range and one of the documentation's (RFC 5737).
-ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 # Lines of others' files that a sentence names; `--diff` shows them all.
 MAX_SHOWN = 6
 # The follower may have sshd reload just then: for an instant it listens nowhere.
@@ -165,7 +163,7 @@ def _look(login_user: str, *, break_glass: Sequence[str] = ()) -> Seen:
         ),
         stray_sockets=tuple(sorted(unit for unit in stray if unit.endswith(".socket"))),
         stale=bool(host.get_fact(SshdProcess)["stale"]),
-        effective=tuple(host.get_fact(SshdEffective, user=login_user, addr=addr) for addr in ASKED_FROM),
+        effective=tuple(host.get_fact(SshdEffective, user=login_user, addr=addr) for addr in sshd.ASKED_FROM),
         public=tuple(sshd.public_listeners(ipv6=host.get_fact(System)["ipv6"])) if break_glass else (),
     )
 

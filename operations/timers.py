@@ -39,8 +39,8 @@ class Timer:
     """A program that runs by itself: `program` (argv, absolute path) on `schedule` (OnCalendar) as `user`.
 
     The rest is what its unit may do beyond nothing: capabilities, address families, paths it writes below,
-    `sees_processes`: it looks at the host's own sockets and processes, and `sees_homes`: it reads below /home
-    and /run/user. `jitter_s` spreads a fleet.
+    `sees_processes`: it looks at the host's own sockets and processes, `sees_homes`: it reads below /home and
+    /run/user, and `network`: it talks to other hosts. `jitter_s` spreads a fleet.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Timer:
     writes: tuple[str, ...] = ()
     sees_processes: bool = False
     sees_homes: bool = False
+    network: bool = False
     jitter_s: int = 3600
     timeout_s: int = 300
 

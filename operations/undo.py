@@ -34,7 +34,7 @@ from operations.common import (
 )
 from operations.programs import files_if_needed as programs_if_needed
 from operations.units import UNIT_FOLDER
-from quietport import sshd
+from quietport import sshd, ufw_rules
 from quietport.hostfile import HOST_JSON
 from quietport.ufw_rules import MARK, bare, is_ours, words_of
 
@@ -78,12 +78,12 @@ def of_sshd(seen: Seen) -> list[str]:
     return found + [f"{name} is masked" for name in seen.masked]
 
 
-def way_in(ports: Iterable[int]) -> tuple[ufw.Rule, ...]:
+def way_in(ports: Iterable[int]) -> tuple[ufw_rules.Rule, ...]:
     """The rules that let everybody at these ports."""
-    return tuple(ufw.Rule(f"allow {port}/tcp", WAY_IN) for port in ports)
+    return tuple(ufw_rules.Rule(f"allow {port}/tcp", WAY_IN) for port in ports)
 
 
-def opening(rules: Sequence[str], ports: Iterable[int]) -> list[ufw.Rule]:
+def opening(rules: Sequence[str], ports: Iterable[int]) -> list[ufw_rules.Rule]:
     """The rules to add so that strangers reach the ports. One of somebody else's that does it is left."""
     foreign = {bare(rule) for rule in rules if not is_ours(rule)}
     return [rule for rule in way_in(ports) if rule.text not in foreign and rule.shown() not in rules]
@@ -91,7 +91,7 @@ def opening(rules: Sequence[str], ports: Iterable[int]) -> list[ufw.Rule]:
 
 def contradicting(rules: Sequence[str], ports: Iterable[int]) -> list[str]:
     """Rules of others about just these ports that close them. ufw would replace them."""
-    return [rule for rule in ufw.contradicting(rules, way_in(ports)) if not is_ours(rule)]
+    return [rule for rule in ufw_rules.contradicting(rules, way_in(ports)) if not is_ours(rule)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def parse_record(text: str | None) -> Before:
         policies = {
             str(name): str(policy)
             for name, policy in document["defaults"].items()
-            if name in ufw.DEFAULTS and policy in ("allow", "deny")
+            if name in ufw_rules.DEFAULTS and policy in ("allow", "deny")
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return Before()

@@ -13,6 +13,7 @@ from quietport.errors import UNKNOWN, USAGE, HostProgramError, printable
 
 PROGRAMS = {
     "ports": ("quietport.ports_cli", "what listens, who can reach it, and whether that may be"),
+    "doctor": ("quietport.doctor.cli", "is this host as declared, and what to do where it is not"),
     "report": ("quietport.report", "write the daily report of listening sockets"),
     "open": ("quietport.open", "sshd in public, to keys alone, now: for a provider's console"),
     "close": ("quietport.close", "the end of open, when the tailnet works"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ class Done:
         """The last line of what it said went wrong."""
         lines = [line.strip() for line in (self.err or self.out).splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
+
+
+def is_installed(name: str) -> bool:
+    """Whether `run` would find the program `name`."""
+    return shutil.which(name, path=_ENVIRONMENT["PATH"]) is not None
 
 
 def run(argv: Sequence[str], *, stdin: str = "", timeout: float = 30) -> Done:

@@ -25,6 +25,8 @@ PUBLIC_SSHD = "sshd_may_be_public"
 PUBLIC_NETWORKS = "break_glass_cidrs"
 # Key of host.json: what else may be public, each with its reason.
 PUBLIC_LISTENERS = "public_listeners"
+# Key of host.json: what the doctor runs when its result is another (argv).
+NOTIFY_COMMAND = "notify_command"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

@@ -6,6 +6,7 @@ of itself comes as `Evidence`; of the text of ss alone, which may come from anyw
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -293,7 +294,7 @@ def _forwarded(port: Published, evidence: Evidence) -> Judged:
     if exposure != "public":
         return judged
     reason = _reason(listener, {_DOCKER}, evidence.declared)
-    return replace(judged, verdict="allowed" if reason else "violation", hint=reason or _PUBLISHED_HINT)
+    return replace(judged, verdict="allowed" if reason else "violation", hint=reason or PUBLISHED_HINT)
 
 
 def _answered(served: Served) -> Judged:
@@ -302,7 +303,7 @@ def _answered(served: Served) -> Judged:
     if not served.funnel:
         listener = Listener("tcp", served.name or "*", served.port, zone="" if served.name else "tailscale0")
         return Judged(listener, "tailnet", "ok", unit, service="tailscale serve")
-    off = f"switch it off: tailscale funnel --{served.kind}={served.port} off"
+    off = f"switch it off: `tailscale funnel --{served.kind}={served.port} off`"
     if served.foreground:
         off = "end the `tailscale funnel` that runs in the foreground"
     hint = f"Funnel publishes this to the Internet, past every firewall. If nobody meant it to, {off}."
@@ -366,13 +367,13 @@ def _is_sshd(listener: Listener, holders: Sequence[str]) -> bool:
     return of_ssh or (listener.protocol, listener.port) == ("tcp", _SSH_PORT)
 
 
-_SSHD_HINT = (
+SSHD_HINT = (
     "sshd can be reached by everyone. Converge the host again; by hand: name the tailnet address in "
     "a ListenAddress line of /etc/ssh/sshd_config.d/00-quietport.conf and no other anywhere, mask "
     "ssh.socket, run sshd -t, restart ssh.service, and log in over the tailnet before you close "
     "this session."
 )
-_PUBLISHED_HINT = (
+PUBLISHED_HINT = (
     "A container publishes this port on every address; the DOCKER-USER chain shields it. "
     "Publish it on 127.0.0.1 (ports: 127.0.0.1:8080:80) and create the container anew."
 )
@@ -385,14 +386,15 @@ def _hint(listener: Listener, holders: Sequence[str], *, believed: bool) -> str:
         return "No process is shown: run this as root, or look for a kernel service (WireGuard, NFS)."
     socket_activated = listener.port == _SSH_PORT and "systemd" in names
     if "sshd" in names or any(unit in _SSH_UNITS for unit in holders) or socket_activated:
-        return _SSHD_HINT
+        return SSHD_HINT
     if _DOCKER in holders or (believed and "docker-proxy" in names):
-        return _PUBLISHED_HINT
+        return PUBLISHED_HINT
     for name, unit in (("tailscaled", _TAILSCALED.unit), ("docker-proxy", _DOCKER)):
         if name in names:
             return f"It calls itself {name} but is not the program of {unit}: find out what it is."
-    unit = _named(holders)
-    what = f"systemctl disable --now {unit}" if unit.endswith((".service", ".socket")) else "stop the program"
+    units = list(dict.fromkeys(holders))
+    services = bool(units) and all(unit.endswith((".service", ".socket")) for unit in units)
+    what = f"`systemctl disable --now {shlex.join(units)}`" if services else "stop the program"
     return f"Bind it to 127.0.0.1 or to the tailnet address in its configuration, or {what}."
 
 

@@ -50,6 +50,10 @@ _ALIASES = {
     "skeyauthentication": "kbdinteractiveauthentication",
 }
 
+# Nobody's addresses, one of the tailnet's range and one of the documentation's (RFC 5737): Match blocks may
+# treat them differently.
+ASKED_FROM = ("100.100.200.200", "203.0.113.9")
+
 # Socket units that put sshd, or a shell by way of it, where sshd_config has no say. The sshd-* ones are what
 # systemd-ssh-generator makes (systemd 256 and newer); a link in /etc wins over a generated unit.
 SERVICE_SOCKETS = ("ssh.socket", "sshd.socket")  # these hold the service's own port

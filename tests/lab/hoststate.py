@@ -30,6 +30,8 @@ BY_CHANCE = re.compile(
     r"|/root/\.(cache|docker)(/|$)"
     # One of each guard, confirmed or not.
     r"|/var/lib/quietport/guard/history/"
+    # What the doctor's timer has found, at its own time.
+    r"|/var/lib/quietport/doctor(/|$)"
 )
 # A path that is there on one host and not on the other is a difference, but for these.
 PATHS_BY_CHANCE = re.compile(
@@ -38,6 +40,8 @@ PATHS_BY_CHANCE = re.compile(
     r"|/var/lib/(apt|dpkg|docker|containerd|tailscale|systemd|private|ucf|logrotate|ufw|AccountsService)/"
     r"|/run/(?!quietport)"
     r"|/var/lib/quietport/guard/history/"
+    # What the doctor's timer has found, at its own time.
+    r"|/var/lib/quietport/doctor(/|$)"
     r"|/(usr/share|usr/lib|usr/include|usr/src)/"
     r"|/root/\.(cache|docker)(/|$)"
     r"|(/var)?/tmp/systemd-private-"

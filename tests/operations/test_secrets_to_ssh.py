@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from control.secret import Secret
 from control.settings import HostSettings
 from operations import files, gate, guard, secret, sshd, timers, ufw
 from quietport import sshd as pure
+from quietport import ufw_rules
 from tests.operations import fixtures
 from tests.operations.fixtures import digest, scalar
 
@@ -79,22 +81,24 @@ def test_every_operation_has_fixtures() -> None:
     [
         [],
         ["deny in on tailscale0", "allow 41641/udp"],
-        ["limit 22/tcp", *(rule.shown() for rule in reversed(ufw.WANTED))],
+        ["limit 22/tcp", *(rule.shown() for rule in reversed(ufw_rules.WANTED))],
         ["allow log 41641/udp", "reject from any", "allow 22"],
         ["allow 'Nginx Full'", "deny out 25", "route deny in on a", "allow 1/udp comment 'quietport: old'"],
     ],
 )
 @pytest.mark.parametrize("prune", [False, True])
 def test_after_the_changes_there_is_nothing_left_to_change(rules: list[str], *, prune: bool) -> None:
-    wanted = ufw.changes(rules, prune_foreign=prune)
+    wanted = ufw_rules.changes(rules, prune_foreign=prune)
     assert wanted
-    after = [rule for rule in rules if ufw.bare(rule) not in wanted.delete]
+    after = [rule for rule in rules if ufw_rules.bare(rule) not in wanted.delete]
     texts = {rule.text: rule for rule in wanted.add}
-    after = [texts.pop(ufw.bare(rule)).shown() if ufw.bare(rule) in texts else rule for rule in after]
+    after = [
+        texts.pop(ufw_rules.bare(rule)).shown() if ufw_rules.bare(rule) in texts else rule for rule in after
+    ]
     after = [rule.shown() for rule in wanted.prepend] + after + [rule.shown() for rule in texts.values()]
-    assert not ufw.changes(after, prune_foreign=prune)
+    assert not ufw_rules.changes(after, prune_foreign=prune)
     if prune:
-        assert sorted(after) == sorted(rule.shown() for rule in ufw.WANTED)
+        assert sorted(after) == sorted(rule.shown() for rule in ufw_rules.WANTED)
 
 
 def test_an_open_default_outwards_is_laid_down_as_ufw_does() -> None:
@@ -119,6 +123,16 @@ def test_arguments_of_a_timer_reach_the_program_as_they_are() -> None:
 def test_programs_a_timer_cannot_have(program: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="a timer's program"):
         timers.command_line(program)
+
+
+def test_only_a_timer_that_talks_to_other_hosts_may() -> None:
+    quiet = timers.Timer(name="tidy", schedule="daily", program=("/usr/bin/true",), user="root")
+    texts = [
+        timers.unit_files(one)["/etc/systemd/system/quietport-tidy.service"]
+        for one in (quiet, replace(quiet, network=True))
+    ]
+    assert ["IPAddressDeny=any\n" in text for text in texts] == [True, False]
+    assert texts[0].replace("IPAddressDeny=any\n", "") == texts[1]
 
 
 def test_a_timer_that_needs_nothing_gets_nothing() -> None:
@@ -146,7 +160,7 @@ def converged() -> dict[str, Any]:
     names = [pure.UNIT, *pure.SOCKETS]
     sockets = {name: {"enabled": "masked", "active": "inactive"} for name in pure.SOCKETS}
     service = {"enabled": "enabled", "active": "active", "need_reload": False, "main_pid": 77}
-    asked = [f"user=admin, addr={address}" for address in sshd.ASKED_FROM]
+    asked = [f"user=admin, addr={address}" for address in pure.ASKED_FROM]
     return {
         "sshd.SshdFiles": {pure.MAIN: MAIN, pure.DROP_IN: pure.render(ADDRESSES)},
         "files.FileText": {f"path={pure.UNIT_DROP_IN}": sshd.UNIT_DROP_IN_TEXT},
@@ -157,7 +171,7 @@ def converged() -> dict[str, Any]:
             for address in ADDRESSES
         ],
         "sshd.SshdProcess": {"stale": False},
-        "sshd.SshdEffective": {f"addr={a}, user=admin": KEYS_ONLY for a in sshd.ASKED_FROM}
+        "sshd.SshdEffective": {f"addr={a}, user=admin": KEYS_ONLY for a in pure.ASKED_FROM}
         | dict.fromkeys(asked, KEYS_ONLY),
     }
 

@@ -20,14 +20,15 @@ from control.proof import Proof
 from control.settings import HostSettings
 from operations import guard, publicly, sshd, ufw, undo
 from quietport import sshd as pure
+from quietport import ufw_rules
 
 MAIN = "Include /etc/ssh/sshd_config.d/*.conf\nPort 2222\n"
 STOCK = {pure.MAIN: MAIN}
 OURS = pure.wanted_files(STOCK, pure.render(["100.64.0.7"]))
 UNIT_TEXT = "# Written by quietport.\n[Unit]\n"
 WAY_IN = "allow 2222/tcp comment 'quietport: undo, the way in'"
-MARKED = [rule.shown() for rule in ufw.WANTED]
-DEFAULTS = dict(ufw.DEFAULTS)
+MARKED = [rule.shown() for rule in ufw_rules.WANTED]
+DEFAULTS = dict(ufw_rules.DEFAULTS)
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +230,7 @@ class Ufw:
             self.state["active"] = False
         elif words[:2] == ["ufw", "delete"]:
             self.state["rules"] = [
-                rule for rule in self.state["rules"] if ufw.bare(rule) != " ".join(words[2:])
+                rule for rule in self.state["rules"] if ufw_rules.bare(rule) != " ".join(words[2:])
             ]
         elif words[:2] == ["ufw", "default"]:
             self.state["defaults"][words[3]] = words[2]
@@ -258,7 +259,7 @@ def test_once_is_enough_and_what_is_foreign_stays(record: str, rules: list[str],
     ]
     still_on = active and record != "off"
     assert machine.state["active"] is still_on
-    marked = [rule for rule in machine.state["rules"] if ufw.is_ours(rule)]
+    marked = [rule for rule in machine.state["rules"] if ufw_rules.is_ours(rule)]
     assert marked == ([WAY_IN] if still_on and WAY_IN in rules else [])
     if before.known:
         assert machine.state["defaults"] == before.defaults
@@ -303,9 +304,9 @@ def test_the_record_is_what_was_there() -> None:
 
 def test_a_converge_takes_the_way_in_away() -> None:
     rules = [WAY_IN, "allow 80/tcp"]
-    done = ufw.changes(rules, prune_foreign=False)
+    done = ufw_rules.changes(rules, prune_foreign=False)
     assert done.delete == ("allow 2222/tcp",)
-    assert [rule.text for rule in done.add] == [rule.text for rule in ufw.WANTED]
+    assert [rule.text for rule in done.add] == [rule.text for rule in ufw_rules.WANTED]
 
 
 # --- units --------------------------------------------------------------------------------------------

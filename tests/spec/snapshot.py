@@ -35,7 +35,7 @@ from facts.units import Units
 from operations.agent_access import LINGER, STATE
 from operations.programs import LAUNCHER, ZIPAPP
 from quietport.guard.arming import BOOT_UNIT
-from quietport.sshd import SOCKETS
+from quietport.sshd import ASKED_FROM, SOCKETS
 from tests.spec.reading import UNIT, line_of
 
 NEEDED = ("ufw", "openssh-server", "tailscale", "python3", "unattended-upgrades")
@@ -43,17 +43,14 @@ FOLLOWER = "quietport-sshd-follow.service"
 SOURCES = "/etc/apt/sources.list.d/tailscale.sources"
 KEYRING = "/etc/apt/keyrings/tailscale.gpg"
 REPORT = "/var/lib/quietport/ports.json"
+DOCTORS_LATEST = "/var/lib/quietport/doctor/latest.json"
 # What Docker leaves to us, and the one that stands while Docker rearranges its own rules.
 CHAINS = (("filter", "DOCKER-USER"), ("mangle", "QUIETPORT-FORWARD"))
 FAMILIES = ("iptables", "ip6tables")
-# A tailnet address and a public one (RFC 5737) that are nobody's: Match blocks may treat them differently.
-ASKED_FROM = ("100.100.200.200", "203.0.113.9")
 
 Question = tuple[str, ...]
 # Asked only when another answer is known.
-AFTERWARDS = (
-    "docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",
-)
+AFTERWARDS = ("docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",)
 QUESTIONS: tuple[Question, ...] = (
     ("apt-cache policy tailscale openssh-server",),
     ("apt-config dump APT::Periodic",),
@@ -70,6 +67,7 @@ QUESTIONS: tuple[Question, ...] = (
     *((f"{program} -t {table} -S {chain}",) for program in FAMILIES for table, chain in CHAINS),
     *((f"{program} -t {table} -S FORWARD",) for program in FAMILIES for table, _ in CHAINS),
     ("quietport docker-user --check; echo $?",),
+    ("quietport doctor --json; echo $?",),
     (f"{LAUNCHER} --help",),
     *((f"{path} --version",) for path in LAUNCHERS),
     ("stat -c %s /usr/sbin /usr/bin /dev / /var/lib", "%U"),
@@ -117,7 +115,7 @@ def facts_of(settings: HostSettings) -> Iterator[tuple[Any, ...]]:
         yield Units, [unit]
     yield Units, list(SOCKETS)
     yield Units, [f"{unit}.timer" for unit in sorted(_timers(settings))]
-    texts = (*LAUNCHERS, DAEMON_JSON, HOST_JSON, SOURCES, REPORT)
+    texts = (*LAUNCHERS, DAEMON_JSON, HOST_JSON, SOURCES, REPORT, DOCTORS_LATEST)
     yield from ((FileText, path) for path in texts)
     yield from ((FileState, path) for path in _paths(settings))
 
@@ -128,7 +126,7 @@ def _paths(settings: HostSettings) -> Iterable[str]:
     folders = {str(PurePosixPath(path).parent) for path in settings.secrets}
     lingering = [f"{LINGER}/{user}" for user in settings.agents]
     sessions = [f"{root}/sessions" for root in roots]
-    files = (*LAUNCHERS, LAUNCHER, ZIPAPP, KNOWN_HOSTS, KEYRING, REPORT)
+    files = (*LAUNCHERS, LAUNCHER, ZIPAPP, KNOWN_HOSTS, KEYRING, REPORT, DOCTORS_LATEST)
     directories = (path for path, _ in DIRECTORIES)
     ours = (*files, *directories, *folders, *settings.secrets)
     return (*ours, *homes, *roots, *sessions, *lingering)

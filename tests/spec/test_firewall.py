@@ -9,8 +9,8 @@ from facts.packetfilter import PacketFilter
 from facts.system import System
 from facts.ufw import Ufw
 from facts.units import Units
-from operations.ufw import WANTED, rules_for
 from quietport.admission import openings
+from quietport.ufw_rules import WANTED, rules_for
 from tests.spec.reading import Reading
 
 MARK = "quietport"

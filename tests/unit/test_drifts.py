@@ -15,6 +15,7 @@ from pyinfra.context import ctx_host, ctx_state
 from pyinfra_testing.util import FakeHost, FakeState, create_host
 
 from operations import agent_access, apt, docker, files, notes, secret, tailnet, timers, ufw, units
+from quietport import ufw_rules
 from tests.lab.drifts import DRIFTS, PAST_UFW, PROOF, PROOF_SAYS, Drift, share, unclaimed
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ FIREWALL = {
     "defaults": {"incoming": "deny", "outgoing": "allow", "routed": "deny"},
     "ipv6": True,
     "policies": {"ipv4": {"INPUT": "DROP"}, "ipv6": {"INPUT": "DROP"}},
-    "rules": [rule.shown() for rule in ufw.WANTED],
+    "rules": [rule.shown() for rule in ufw_rules.WANTED],
 }
 ON_IPV4 = {"policies": {**FIREWALL["policies"], "ipv4": {"INPUT": "ACCEPT"}}}  # type: ignore[dict-item]
 OURS: list[str] = FIREWALL["rules"]  # type: ignore[assignment]
@@ -104,8 +105,8 @@ OURS: list[str] = FIREWALL["rules"]  # type: ignore[assignment]
     ],
 )
 def test_the_firewall_says_so(name: str, changed: dict[str, Any], at_boot: bool) -> None:
-    assert ufw.reasons(FIREWALL, ipv6=True, at_boot=True) == []
-    found = ufw.reasons({**FIREWALL, **changed}, ipv6=True, at_boot=at_boot)
+    assert ufw_rules.reasons(FIREWALL, ipv6=True, at_boot=True) == []
+    found = ufw_rules.reasons({**FIREWALL, **changed}, ipv6=True, at_boot=at_boot)
     assert BY_NAME[name].says in found
     assert [reason for reason in found if not BY_NAME[name].claims(reason)] == []
 
@@ -124,17 +125,17 @@ def test_the_firewall_says_so(name: str, changed: dict[str, Any], at_boot: bool)
     ],
 )
 def test_a_rule_is_named_by_what_it_is(changed: list[str], prune: bool, said: list[str]) -> None:
-    found = ufw.reasons({**FIREWALL, "rules": changed}, ipv6=True, at_boot=True, prune_foreign=prune)
+    found = ufw_rules.reasons({**FIREWALL, "rules": changed}, ipv6=True, at_boot=True, prune_foreign=prune)
     assert found == said
 
 
 def test_a_rule_past_ufw_is_told_from_those_of_ufw_and_tailscaled() -> None:
     jumps = ("ts-input", "ufw-before-input", "ufw6-track-input")
     usual = "".join(["-P INPUT DROP\n", *(f"-A INPUT -j {jump}\n" for jump in jumps)])
-    assert ufw.past_ufw(usual) == []
+    assert ufw_rules.past_ufw(usual) == []
     rule = f"-A {PAST_UFW}"
     others = "-A INPUT -j sshguard\n-A FORWARD -j ACCEPT\n-A ufw-user-input -p tcp -j ACCEPT\n"
-    assert ufw.past_ufw(f"{usual}{rule}\n{others}") == [rule, "-A INPUT -j sshguard"]
+    assert ufw_rules.past_ufw(f"{usual}{rule}\n{others}") == [rule, "-A INPUT -j sshguard"]
 
 
 def test_reasons_are_there_exactly_where_there_is_work() -> None:
@@ -143,10 +144,8 @@ def test_reasons_are_there_exactly_where_there_is_work() -> None:
         for changed in ({}, ON_IPV4, {"active": False}, {"ipv6": False}, {"defaults": {}}):
             for at_boot in (True, False):
                 state = {**FIREWALL, "rules": rules, **changed}
-                work = ufw._commands(
-                    state, ipv6=True, at_boot=at_boot, prune_foreign=True, break_glass=()
-                )
-                said = ufw.reasons(state, ipv6=True, at_boot=at_boot, prune_foreign=True)
+                work = ufw._commands(state, ipv6=True, at_boot=at_boot, prune_foreign=True, break_glass=())
+                said = ufw_rules.reasons(state, ipv6=True, at_boot=at_boot, prune_foreign=True)
                 assert bool(work) == bool(said), (state, at_boot)
 
 

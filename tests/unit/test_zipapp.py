@@ -71,7 +71,7 @@ def test_a_directory_that_is_not_the_package_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "program", ["ports", "report", "sshd-wait", "sshd-apply", "sshd-follow", "guard", "docker-user"]
+    "program", ["ports", "doctor", "report", "sshd-wait", "sshd-apply", "sshd-follow", "guard", "docker-user"]
 )
 def test_every_program_runs_from_it_in_isolation(program: str, tmp_path: Path) -> None:
     """`python3 -I` in an empty directory: a module outside the standard library would not be found."""

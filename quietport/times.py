@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 # Microseconds in UTC: whole seconds would call a service stale that was restarted within the same second.
@@ -20,6 +21,20 @@ def started_at(value: str) -> float | None:
         return datetime.strptime(value.strip(), "%a %Y-%m-%d %H:%M:%S.%f UTC").replace(tzinfo=UTC).timestamp()
     except ValueError:
         return None
+
+
+def read_at(shown: Mapping[str, str]) -> float | None:
+    """When a service last read its files, by a start or a reload, from what `systemctl show` says of
+    MainPID, ExecMainStart-, ActiveEnter- and StateChangeTimestamp; None when it does not run.
+
+    A reload keeps the process, and changes the unit's state once more after the start.
+    """
+    if not int(shown.get("MainPID") or 0):
+        return None
+    events = ("ExecMainStart", "ActiveEnter", "StateChange")
+    started, entered, last = (started_at(shown.get(f"{event}Timestamp", "")) for event in events)
+    reloaded = started is not None and entered is not None and last is not None and last > entered
+    return last if reloaded else started
 
 
 def newest(text: str, *, now: float) -> float | None:
