@@ -25,6 +25,9 @@ PUBLIC_SSHD = "sshd_may_be_public"
 PUBLIC_NETWORKS = "break_glass_cidrs"
 # Key of host.json: what else may be public, each with its reason.
 PUBLIC_LISTENERS = "public_listeners"
+# Keys of host.json: files that hold a secret; timers that must be enabled, apt's among them.
+PRIVATE_FILES = "secret_files"
+TIMERS = "timers"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
