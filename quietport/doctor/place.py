@@ -1,0 +1,49 @@
+"""The host a check looks at, and the words that next steps share. Tests give a check another root."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quietport import commands
+from quietport.commands import Done
+from quietport.guard.machine import Machine, Runner
+
+# A program that takes longer leaves its check without an answer.
+QUICK_S = 5.0
+# What the timer found last, as `quietport doctor --json` shows it.
+LATEST = "/var/lib/quietport/doctor/latest.json"
+# What looks again at what is slow, and writes it down.
+LOOK_AGAIN = "`systemctl start quietport-doctor.service`"
+
+
+def quick(argv: Sequence[str], *, stdin: str = "", timeout: float = QUICK_S) -> Done:
+    """Run `argv` for at most QUICK_S seconds. Raises HostProgramError when it is missing or takes longer."""
+    return commands.run(argv, stdin=stdin, timeout=min(timeout, QUICK_S))
+
+
+@dataclass(frozen=True)
+class Place(Machine):
+    """One host, of which nothing is changed. `wall` is the wall clock, in seconds since the epoch."""
+
+    run: Runner = quick
+    wall: Callable[[], float] = time.time
+
+
+HERE = Place()
+# For what is slow: each command says itself how long it may take.
+PATIENT = Place(run=commands.run)
+
+
+def by_converge(declared: Mapping[str, Any]) -> str:
+    """The next step where the declared state must come back."""
+    name = declared.get("name")
+    return f"On your machine: `quietport apply {name}`." if name else "On your machine: `quietport apply`."
+
+
+def names_of(declared: Mapping[str, Any], key: str) -> list[str]:
+    """A list of names in host.json; [] where it is not there or is none."""
+    value = declared.get(key)
+    return [str(one) for one in value] if isinstance(value, list) else []
