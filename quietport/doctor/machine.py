@@ -81,8 +81,7 @@ def disk(
             device, status = here.stat().st_dev, look(here)
         except OSError:
             continue
-        # Mounted to be read only, as an image is: full by nature.
-        if device in seen or status.f_flag & os.ST_RDONLY:
+        if device in seen:
             continue
         seen[device] = path
         room = Room.of(status)
