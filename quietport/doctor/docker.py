@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from quietport import docker_user
-from quietport.containers import EVERY_ADDRESS, Published, published
+from quietport.containers import EVERY_ADDRESS
 from quietport.doctor.model import Check, Finding
 from quietport.doctor.place import HERE, QUICK_S, Place, by_converge
 from quietport.errors import PROBLEM, HostProgramError, printable
@@ -110,8 +110,8 @@ def shielded(
     declared: Mapping[str, Any],
     *,
     place: Place = HERE,
+    ask: Ask = ask_engine,
     faults: Callable[[], list[docker_user.Fault]] = lambda: docker_user.faults(timeout=QUICK_S),
-    ports: Callable[[], list[Published]] = published,
 ) -> list[Finding]:
     """The chain keeps what containers publish off the public side, from before the engine's start."""
     skipped = _not_declared(declared)
@@ -129,18 +129,23 @@ def shielded(
     except HostProgramError as error:
         if error.code != PROBLEM:
             raise
-        return [*found, Finding("FAIL", str(error), by_converge(declared))]
+        step = f"Then `systemctl restart {SERVICE}`. {by_converge(declared)}"
+        return [*found, Finding("FAIL", str(error), step)]
     again = f"`systemctl reload-or-restart {CHAIN_UNIT}`."
     found += [Finding("WARN" if one.late else "FAIL", f"{one.sentence}.", again) for one in wrong]
-    return found or [Finding("PASS", _shown(ports()))]
+    everywhere = _on_every_address(_containers(ask)) if not found and _runs(place) else []
+    more = f"; published on every address and shielded by it: {', '.join(everywhere)}" if everywhere else ""
+    return found or [Finding("PASS", f"The chain is in place{more}.")]
 
 
-def _shown(ports: Iterable[Published]) -> str:
-    everywhere = {f"{port.host_port}/{port.protocol}" for port in ports if port.host_ip in EVERY_ADDRESS}
-    if not everywhere:
-        return "The chain is in place; no container publishes on every address."
-    listed = ", ".join(sorted(everywhere))
-    return f"The chain is in place; published on every address and shielded by it: {listed}."
+def _on_every_address(containers: Iterable[Container]) -> list[str]:
+    """Ports as people write them. Whether they may be published so is the listeners' check."""
+    found = set()
+    for container in containers:
+        for port in container.get("Ports") or []:
+            if port.get("PublicPort") and str(port.get("IP") or "") in EVERY_ADDRESS:
+                found.add(printable(f"{port['PublicPort']}/{port.get('Type')}", limit=20))
+    return sorted(found)
 
 
 def _not_declared(declared: Mapping[str, Any]) -> Finding | None:

@@ -114,7 +114,7 @@ def test_what_docker_says(tmp_path: Path) -> None:
     assert problems(chain, "\n".join([chain.jump, *rules(chain)])) == [], "the control"
     says(
         "DOCKER-USER flushed",
-        docker.shielded(declared, place=world.place, faults=lambda: flushed, ports=list),
+        docker.shielded(declared, place=world.place, faults=lambda: flushed, ask=ask),
     )
 
 

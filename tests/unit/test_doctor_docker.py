@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quietport import docker_user
-from quietport.containers import Published
 from quietport.docker_user import MARK, PLACES, Fault, Port, is_late, problems, rules
 from quietport.doctor import docker as checks
 from quietport.doctor.docker import ask_engine, compose, docker, shielded, trouble
@@ -233,16 +232,22 @@ def test_the_engine_is_asked_over_its_socket(tmp_path: Path, sent: bytes, value:
 
 
 def test_the_chain_as_wanted_and_what_it_shields(world: World) -> None:
-    ports = [Published("a", "0.0.0.0", 8080, 80, "tcp"), Published("b", "127.0.0.1", 8081, 80, "tcp")]
-    found = shielded(WITH_DOCKER, place=world.place, faults=list, ports=lambda: ports)
+    ports = [
+        {"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
+        {"IP": "::", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
+        {"IP": "127.0.0.1", "PrivatePort": 80, "PublicPort": 8081, "Type": "tcp"},
+        {"PrivatePort": 82, "Type": "tcp"},
+    ]
+    ask = engine({**WEB, "Ports": ports}, ALONE)
+    found = shielded(WITH_DOCKER, place=world.place, faults=list, ask=ask)
     assert only(found, "PASS").reason.endswith(" shielded by it: 8080/tcp.")
-    found = shielded(WITH_DOCKER, place=world.place, faults=list, ports=lambda: ports[1:])
-    assert "no container publishes on every address" in only(found, "PASS").reason
+    found = shielded(WITH_DOCKER, place=world.place, faults=list, ask=engine({**WEB, "Ports": ports[2:]}))
+    assert only(found, "PASS").reason == "The chain is in place."
 
 
 def test_a_chain_that_is_not_as_wanted(world: World) -> None:
     wrong = [Fault("iptables filter: x"), Fault("iptables mangle: y", late=True)]
-    found = shielded(WITH_DOCKER, place=world.place, faults=lambda: wrong, ports=list)
+    found = shielded(WITH_DOCKER, place=world.place, faults=lambda: wrong, ask=silent)
     assert statuses(found) == ["FAIL", "WARN"]
     assert commands(found[0]) == [f"systemctl reload-or-restart {checks.CHAIN_UNIT}"]
 
@@ -257,7 +262,7 @@ def test_a_chain_that_is_not_as_wanted(world: World) -> None:
 )
 def test_a_chain_that_is_not_there_at_boot(world: World, unit: dict[str, str], typed: str) -> None:
     world.units[checks.CHAIN_UNIT] = unit
-    found = shielded(WITH_DOCKER, place=world.place, faults=list, ports=list)
+    found = shielded(WITH_DOCKER, place=world.place, faults=list, ask=engine())
     assert commands(only(found, "FAIL")) == [typed]
 
 
@@ -268,9 +273,9 @@ def test_an_engine_without_iptables_is_a_failure_and_silence_is_none(world: Worl
 
         return ask
 
-    only(shielded(WITH_DOCKER, place=world.place, faults=refused(PROBLEM), ports=list), "FAIL")
+    only(shielded(WITH_DOCKER, place=world.place, faults=refused(PROBLEM), ask=silent), "FAIL")
     with pytest.raises(HostProgramError):
-        shielded(WITH_DOCKER, place=world.place, faults=refused(3), ports=list)
+        shielded(WITH_DOCKER, place=world.place, faults=refused(3), ask=silent)
 
 
 INPUT, FORWARD = (
