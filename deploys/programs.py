@@ -11,12 +11,20 @@ from pyinfra.context import host
 
 from control import zipapp
 from control.settings import HostSettings
+from deploys import packages, timers
 from facts.files import FileText
 from facts.sshd import SshdFiles
 from operations import files
 from operations import programs as operations
 from quietport import sshd
-from quietport.hostfile import NOTIFY_COMMAND, PUBLIC_LISTENERS, PUBLIC_NETWORKS, PUBLIC_SSHD
+from quietport.hostfile import (
+    NOTIFY_COMMAND,
+    PRIVATE_FILES,
+    PUBLIC_LISTENERS,
+    PUBLIC_NETWORKS,
+    PUBLIC_SSHD,
+    TIMERS,
+)
 
 HOST_JSON = "/etc/quietport/host.json"
 SCHEMA = 1
@@ -27,11 +35,11 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
 
     name: the host's name in hosts.toml. hostname: its name on the tailnet. users: who may log in by SSH.
     agent_users, docker_users: accounts. docker_source: debian, docker or none. login_server: control server
-    of the tailnet. secret_files: paths of the files that hold secrets. sshd_may_be_public: sshd may listen on
-    every address, while the firewall admits break_glass_cidrs alone. public_listeners: what else may be
-    public, each with protocol, port, unit (or null) and reason. For the doctor: accept_key_expiry,
-    prune_foreign and unattended_upgrades as in hosts.toml; notify_command: what it runs (argv) when its
-    result is another.
+    of the tailnet. secret_files: paths of the files that hold secrets. timers: units that must be enabled.
+    sshd_may_be_public: sshd may listen on every address, while the firewall admits break_glass_cidrs alone.
+    public_listeners: what else may be public, each with protocol, port, unit (or null) and reason. For the
+    doctor: accept_key_expiry, prune_foreign and unattended_upgrades as in hosts.toml; notify_command: what it
+    runs (argv) when its result is another.
     """
     return {
         "schema": SCHEMA,
@@ -42,7 +50,8 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
         "docker_users": list(settings.docker_users),
         "docker_source": settings.docker_source,
         "login_server": settings.login_server,
-        "secret_files": sorted(settings.secrets),
+        PRIVATE_FILES: sorted(settings.secrets),
+        TIMERS: timer_names(settings),
         PUBLIC_SSHD: bool(settings.break_glass_cidrs),
         PUBLIC_NETWORKS: list(settings.break_glass_cidrs),
         PUBLIC_LISTENERS: [one.model_dump(mode="json") for one in settings.public_listeners],
@@ -51,6 +60,13 @@ def declared(name: str, settings: HostSettings) -> dict[str, Any]:
         "unattended_upgrades": settings.unattended_upgrades,
         NOTIFY_COMMAND: list(settings.notify_command),
     }
+
+
+def timer_names(settings: HostSettings) -> list[str]:
+    """The timers that run on a host of these settings, ours and apt's."""
+    pruning = [timers.prune_of(user, "") for user in settings.agents]
+    ours = [f"{timer.unit}.timer" for timer in (*timers.declared(settings), *pruning)]
+    return [*ours, *(packages.TIMERS if settings.unattended_upgrades else ())]
 
 
 def still_allowed(old: str | None, files: Mapping[str, str]) -> dict[str, Any]:

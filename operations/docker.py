@@ -20,6 +20,7 @@ from operations.common import Commands, operation, program, refuse, script, warn
 from operations.files import put_if_needed
 from operations.programs import PROGRAMS
 from operations.units import enable_if_needed, files_if_needed
+from quietport.containers import EVERY_ADDRESS
 
 SERVICE = "docker.service"
 CHAIN_UNIT = "quietport-docker-user.service"
@@ -27,7 +28,6 @@ CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
 LOOPBACK = "127.0.0.1"
 # What a plan calls changes that others may depend on.
 INSTALLATION, RESTART = "Docker's installation", "the engine's restart"
-EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104, what is looked for
 BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
 ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}

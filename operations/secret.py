@@ -14,9 +14,10 @@ from facts.parents import Parents
 from operations import notes
 from operations.common import Commands, operation, program, refuse
 from operations.files import put_if_needed
+from quietport import secret_files
 
-FILE_MODE = "0600"
-FOLDER_MODE = "0700"
+FILE_MODE = f"{secret_files.FILE_MODE:04o}"
+FOLDER_MODE = f"{secret_files.FOLDER_MODE:04o}"
 # Directories above the one that holds the secret may hold other things; this one may not.
 ABOVE_MODE = "0755"
 

@@ -13,6 +13,8 @@ from quietport.ss import Listener, Protocol
 
 # One line a container. The names are the engine's own: Go templates of `docker inspect`.
 FORMAT = "{{json .Name}} {{json .NetworkSettings.Ports}}"
+# What is published there is published to everybody.
+EVERY_ADDRESS = ("0.0.0.0", "::", "")  # noqa: S104, what is looked for
 # Whoever holds a container's end while the engine itself is away (live-restore).
 SHIM = "containerd-shim"
 # A container may end between being listed and being looked at.

@@ -73,6 +73,15 @@ class Port:
     number: str
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Something that is not as wanted. `late`: only the ports of a new container are not closed in INPUT yet,
+    where ufw denies them too."""
+
+    sentence: str
+    late: bool = False
+
+
 def rules(place: Place, ports: Sequence[Port] = ()) -> list[str]:
     """The rules of a place, as `iptables -S` prints them.
 
@@ -134,12 +143,16 @@ def problems(place: Place, listing: str, ports: Sequence[Port] = ()) -> list[str
         found.append(f"{place.table}: the chain {place.chain} does not begin with the rules of quietport")
     if any(is_ours(rule) for rule in held[len(wanted) :]):
         found.append(f"{place.table}: the chain {place.chain} has rules of quietport more than once")
+    return found + _wrong_jump(place, listing)
+
+
+def _wrong_jump(place: Place, listing: str) -> list[str]:
     origin = rules_in(listing, place.origin)
     if place.jump not in origin:
-        found.append(f"{place.table}: {place.origin} does not jump to {place.chain}")
-    elif any(rule not in place.harmless for rule in origin[: origin.index(place.jump)]):
-        found.append(f"{place.table}: {place.origin} has other rules before the jump to {place.chain}")
-    return found
+        return [f"{place.table}: {place.origin} does not jump to {place.chain}"]
+    if any(rule not in place.harmless for rule in origin[: origin.index(place.jump)]):
+        return [f"{place.table}: {place.origin} has other rules before the jump to {place.chain}"]
+    return []
 
 
 def foreign_rules(place: Place, listing: str) -> list[str]:
@@ -218,16 +231,54 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="quietport docker-user", description="Keep the public side away.")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 when not as wanted")
     options = parser.parse_args(argv)
+    if options.check:
+        found = [fault.sentence for fault in faults()]
+    else:
+        ports = _ports_to_close()
+        places = [(program, place) for program in _programs() for place in PLACES]
+        found = [line for program, place in places for line in _settle(program, place, ports)]
+    for problem in found:
+        print(f"quietport docker-user: {problem}")
+    return PROBLEM if found else FINE
+
+
+def faults(*, timeout: float = 30) -> list[Fault]:
+    """What is not as wanted on this host; nothing is changed. `timeout` is each command's, in seconds.
+
+    Raises HostProgramError, with PROBLEM where Docker has no chain that could be held.
+    """
+    ports = _ports_to_close()
+    found: list[Fault] = []
+    for program in _programs():
+        listings = {table: _listing(program, table, timeout=timeout) for table in {p.table for p in PLACES}}
+        for place in PLACES:
+            listing = listings[place.table]
+            late = is_late(place, listing)
+            found += [Fault(f"{program} {line}", late) for line in problems(place, listing, ports)]
+    return found
+
+
+def is_late(place: Place, listing: str) -> bool:
+    """Whether a place is as wanted, but for the ports: a container came or went since the rules were made."""
+    held = rules_in(listing, place.chain)
+    base = rules(place)
+    old = [rule for rule in held[len(base) :] if is_ours(rule)]
+    return (
+        place.origin == "INPUT"
+        and held[: len(base)] == base
+        and all(rule.endswith("-j DROP") for rule in old)
+        and len(old) == len(set(old))
+        and not _wrong_jump(place, listing)
+    )
+
+
+def _ports_to_close() -> tuple[Port, ...]:
+    """What containers publish here. Raises HostProgramError (PROBLEM) where there is no chain to close it."""
     daemon_json, command_line = _daemon_json(), _command_line()
     sentence = refusal(backend_of(daemon_json, command_line))
     if sentence:
         raise HostProgramError(sentence, code=PROBLEM)
-    ports = published(_host_configs(data_root_of(daemon_json, command_line)))
-    places = [(program, place) for program in _programs() for place in PLACES]
-    found = [line for program, place in places for line in _settle(program, place, options.check, ports)]
-    for problem in found:
-        print(f"quietport docker-user: {problem}")
-    return PROBLEM if found else FINE
+    return published(_host_configs(data_root_of(daemon_json, command_line)))
 
 
 def _host_configs(data_root: Path) -> Iterator[Mapping[str, Any]]:
@@ -244,12 +295,10 @@ def _host_configs(data_root: Path) -> Iterator[Mapping[str, Any]]:
                 yield config
 
 
-def _settle(program: str, place: Place, check: bool, ports: Sequence[Port] = ()) -> list[str]:
-    """Bring one table of one family to what is wanted; returns what is (still) wrong."""
-    listing = _listing(program, place)
+def _settle(program: str, place: Place, ports: Sequence[Port] = ()) -> list[str]:
+    """Bring one table of one family to what is wanted; returns what is still wrong."""
+    listing = _listing(program, place.table)
     found = problems(place, listing, ports)
-    if check:
-        return [f"{program} {problem}" for problem in found]
     complaint = ""
     for _ in range(ATTEMPTS):
         if not found:
@@ -257,15 +306,15 @@ def _settle(program: str, place: Place, check: bool, ports: Sequence[Port] = ())
         restore = [f"{program}-restore", "--noflush", "-w", LOCK_WAIT_S]
         done = run(restore, stdin=restore_text(place, listing, ports))
         complaint = f" ({done.complaint})" if done.code != 0 else ""
-        listing = _listing(program, place)
+        listing = _listing(program, place.table)
         found = problems(place, listing, ports)
     for rule in foreign_rules(place, listing):
         print(f"{program} {place.table}: a rule of someone else has no effect behind ours: {printable(rule)}")
     return [f"{program} {problem}{complaint}" for problem in found]
 
 
-def _listing(program: str, place: Place) -> str:
-    return output_of([program, "-w", LOCK_WAIT_S, "-t", place.table, "-S"])
+def _listing(program: str, table: str, *, timeout: float = 30) -> str:
+    return output_of([program, "-w", LOCK_WAIT_S, "-t", table, "-S"], timeout=timeout)
 
 
 def _programs() -> tuple[str, ...]:

@@ -27,6 +27,9 @@ PUBLIC_NETWORKS = "break_glass_cidrs"
 PUBLIC_LISTENERS = "public_listeners"
 # Key of host.json: what the doctor runs when its result is another (argv).
 NOTIFY_COMMAND = "notify_command"
+# Keys of host.json: files that hold a secret; timers that must be enabled, apt's among them.
+PRIVATE_FILES = "secret_files"
+TIMERS = "timers"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

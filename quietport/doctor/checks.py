@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quietport.doctor import firewall, listeners, ssh, tailnet
+from quietport.doctor import docker, files, firewall, listeners, machine, ssh, tailnet, units, updates
 from quietport.doctor.model import Check
 
 CHECKS: tuple[Check, ...] = (
@@ -10,4 +10,9 @@ CHECKS: tuple[Check, ...] = (
     *firewall.CHECKS,
     *listeners.CHECKS,
     *ssh.CHECKS,
+    *docker.CHECKS,
+    *units.CHECKS,
+    *files.CHECKS,
+    *machine.CHECKS,
+    *updates.CHECKS,
 )

@@ -38,7 +38,15 @@ _OTHER_KIND = (errno.ELOOP, errno.ENOTDIR, errno.ENXIO)
 
 
 class UnsafeError(AgentAccessError):
-    """Owner, mode or kind of a file or directory is not what this program makes."""
+    """Owner, mode or kind of a file or directory is not what this program makes.
+
+    `path` and `mode` are set where the mode alone is wrong: what it is of, and what it must be.
+    """
+
+    def __init__(self, sentence: str, *, path: Path | None = None, mode: int | None = None) -> None:
+        super().__init__(sentence)
+        self.path = path
+        self.mode = mode
 
 
 class MissingError(AgentAccessError):
@@ -62,22 +70,26 @@ class Root:
                 os.close(descriptor)
 
 
-def open_root(chosen: str | None, *, create: bool, sockets: bool) -> Root:
+def open_root(
+    chosen: str | None, *, create: bool, sockets: bool, account: pwd.struct_passwd | None = None
+) -> Root:
     """Open the root, `chosen` or the user's own; with `create`, make what is missing of it.
 
-    `sockets` asks for the directory of the sockets too. Raises MissingError when there is no root and
-    `create` is not set, UnsafeError, AgentAccessError.
+    `sockets` asks for the directory of the sockets too. `account` is for root, who looks at another user's:
+    nothing is made then. Raises MissingError when there is no root and `create` is not set, UnsafeError,
+    AgentAccessError.
     """
+    uid = os.geteuid() if account is None else account.pw_uid
     held: list[int] = []
-    path = root_path(chosen)
-    runtime = None if chosen is not None else Path(f"/run/user/{os.geteuid()}")
+    path = root_path(chosen, account)
+    runtime = None if chosen is not None else Path(f"/run/user/{uid}")
     try:
         missing = path.parts[-3:-1] if chosen is None else ()
-        parent = _trusted(path.parent, makes=len(missing) if create else 0)
+        parent = _trusted(path.parent, makes=len(missing) if create else 0, uid=uid)
         held.append(parent)
-        root = _private(path.name, parent, path, create=create)
+        root = _private(path.name, parent, path, create=create, uid=uid)
         held.append(root)
-        sessions = _private("sessions", root, path / "sessions", create=create)
+        sessions = _private("sessions", root, path / "sessions", create=create, uid=uid)
         held.append(sessions)
         sockets_path = path / "sockets" if runtime is None else runtime / PROGRAM
         socket_fd = None
@@ -92,14 +104,15 @@ def open_root(chosen: str | None, *, create: bool, sockets: bool) -> Root:
             os.close(descriptor)
 
 
-def root_path(chosen: str | None) -> Path:
-    """The absolute path of the root. Links on the way to it are resolved once; it is not one itself.
+def root_path(chosen: str | None, account: pwd.struct_passwd | None = None) -> Path:
+    """The absolute path of the root, of `account` or of whoever runs this. Links on the way to it are
+    resolved once; it is not one itself.
 
     Raises AgentAccessError.
     """
     try:
         if chosen is None:
-            home = Path(pwd.getpwuid(os.geteuid()).pw_dir)
+            home = Path((account or pwd.getpwuid(os.geteuid())).pw_dir)
             return home.resolve(strict=True) / ".local" / "state" / PROGRAM
         given = Path(chosen)
         # A line feed would break agent.env.
@@ -155,9 +168,12 @@ def names_in(directory: int) -> list[str]:
     return os.listdir(directory)
 
 
-def open_private(name: str, parent: int, shown: Path) -> int:
-    """A directory that is ours, 0700 and no link. Raises MissingError, UnsafeError, AgentAccessError."""
-    return _private(name, parent, shown, create=False)
+def open_private(name: str, parent: int, shown: Path, *, uid: int | None = None) -> int:
+    """A directory that is ours (or `uid`'s), 0700 and no link.
+
+    Raises MissingError, UnsafeError, AgentAccessError.
+    """
+    return _private(name, parent, shown, create=False, uid=uid)
 
 
 def read_private(name: str, directory: int, shown: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
@@ -180,14 +196,18 @@ def read_private(name: str, directory: int, shown: Path, *, max_bytes: int = MAX
         os.close(descriptor)
 
 
-def check_private_file(status: os.stat_result, shown: Path) -> None:
-    """Raises UnsafeError unless it is a regular file of ours, 0600, with one name."""
+def check_private_file(status: os.stat_result, shown: Path, *, uid: int | None = None) -> None:
+    """Raises UnsafeError unless it is a regular file of ours (or of `uid`), 0600, with one name."""
+    uid = os.geteuid() if uid is None else uid
     if not stat.S_ISREG(status.st_mode):
         raise UnsafeError(f"{shown} is not a regular file.")
-    if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) != 0o600 or status.st_nlink != 1:
+    owned = (status.st_uid, status.st_nlink) == (uid, 1)
+    if not owned or stat.S_IMODE(status.st_mode) != 0o600:
         raise UnsafeError(
             f"{shown} belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o} and "
-            f"{status.st_nlink} names, and not to uid {os.geteuid()} alone (0600, one name)."
+            f"{status.st_nlink} names, and not to uid {uid} alone (0600, one name).",
+            path=shown if owned else None,
+            mode=0o600,
         )
 
 
@@ -237,7 +257,7 @@ def _sockets(root: int, path: Path, runtime: Path | None, *, create: bool) -> in
         if runtime is None:
             return _private("sockets", root, path, create=create)
         try:
-            parent = _trusted(runtime, makes=0)
+            parent = _trusted(runtime, makes=0, uid=os.geteuid())
         except MissingError as error:
             raise MissingError(
                 f"{runtime} does not exist: let root run `loginctl enable-linger {os.geteuid()}`, or log in."
@@ -253,7 +273,7 @@ def _sockets(root: int, path: Path, runtime: Path | None, *, create: bool) -> in
         return None
 
 
-def _trusted(path: Path, *, makes: int) -> int:
+def _trusted(path: Path, *, makes: int, uid: int) -> int:
     """The directory `path`, none of which others can change. The last `makes` parts are made if missing."""
     descriptor = os.open("/", _DIRECTORY)
     parts = path.parts[1:]
@@ -266,7 +286,7 @@ def _trusted(path: Path, *, makes: int) -> int:
             os.close(descriptor)
             descriptor = below
             status = os.fstat(descriptor)
-            trusted = status.st_uid in (0, os.geteuid())
+            trusted = status.st_uid in (0, uid)
             if not trusted or (status.st_mode & _OTHERS_WRITE and not status.st_mode & stat.S_ISVTX):
                 raise UnsafeError(
                     f"{shown} can be changed by others (uid {status.st_uid}, mode "
@@ -278,18 +298,21 @@ def _trusted(path: Path, *, makes: int) -> int:
     return descriptor
 
 
-def _private(name: str, parent: int, shown: Path, *, create: bool) -> int:
+def _private(name: str, parent: int, shown: Path, *, create: bool, uid: int | None = None) -> int:
+    uid = os.geteuid() if uid is None else uid
     if create:
         _make(name, parent, shown)
     descriptor = _open(name, _DIRECTORY, parent, shown)
     status = os.fstat(descriptor)
     # In a directory with the set-group-ID bit a new one has it too (mkdir(2)); it opens nothing to anybody.
     mode = stat.S_IMODE(status.st_mode) & ~stat.S_ISGID
-    if status.st_uid != os.geteuid() or mode != 0o700:
+    if status.st_uid != uid or mode != 0o700:
         os.close(descriptor)
         raise UnsafeError(
-            f"{shown} belongs to uid {status.st_uid} with mode {mode:04o}, and not to uid {os.geteuid()} "
-            "alone (0700): it is not used and not changed. Look at it, and remove it yourself."
+            f"{shown} belongs to uid {status.st_uid} with mode {mode:04o}, and not to uid {uid} "
+            "alone (0700): it is not used and not changed. Look at it, and remove it yourself.",
+            path=shown if status.st_uid == uid else None,
+            mode=0o700,
         )
     return descriptor
 

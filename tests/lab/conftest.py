@@ -22,6 +22,7 @@ import pytest
 
 from lab.up import Wanted
 from tests.lab import record, table, variants
+from tests.lab.ailments import Patient
 from tests.lab.checks import CHECKS
 from tests.lab.guarded import Guarded
 from tests.lab.lockout import campaign_of_ci
@@ -40,6 +41,7 @@ STORIES = {**BLANK, **variants.STORIES}
 # On two processors, one of which emulates a VM all the time, a run with them takes longer than it may.
 if not in_test_all():
     collect_ignore = [
+        "test_doctor.py",
         "test_follow.py",
         "test_guard_host.py",
         "test_lockout.py",
@@ -47,7 +49,7 @@ if not in_test_all():
         "test_ways.py",
     ]
 # Mostly waits, in this order; they begin with test_outer_faults.py (own.py).
-WAITING = ("test_follow.py", "test_guard_host.py", "test_ways.py", "test_lockout.py")
+WAITING = ("test_follow.py", "test_guard_host.py", "test_ways.py", "test_doctor.py", "test_lockout.py")
 # The end of a failure, which is where the reason is; the summary has all of it.
 AT_ONCE_LINES = 40
 MARKERS = {
@@ -318,6 +320,7 @@ def waits(stories: Stories, request: pytest.FixtureRequest, needs_containers: No
     try:
         waits.begin("guarded", Guarded.begun)
         waits.begin("ways", Ways.begun)
+        waits.begin("patient", Patient.begun)
         waits.begin("lockout", campaign_of_ci)
         yield waits
     finally:

@@ -171,8 +171,8 @@ def test_a_table_that_cannot_be_changed_is_reported(monkeypatch: pytest.MonkeyPa
         return Done(code=1, out="", err="iptables-restore: line 9 failed\n")
 
     monkeypatch.setattr(docker_user, "run", refuse)
-    monkeypatch.setattr(docker_user, "output_of", lambda argv: "-P FORWARD ACCEPT\n")
-    (first, _) = docker_user._settle("iptables", FILTER, False)
+    monkeypatch.setattr(docker_user, "output_of", lambda argv, timeout: "-P FORWARD ACCEPT\n")
+    (first, _) = docker_user._settle("iptables", FILTER)
     assert len(tried) == docker_user.ATTEMPTS
     assert "line 9 failed" in first
 
