@@ -41,7 +41,6 @@ STORIES = {**BLANK, **variants.STORIES}
 # On two processors, one of which emulates a VM all the time, a run with them takes longer than it may.
 if not in_test_all():
     collect_ignore = [
-        "test_doctor.py",
         "test_follow.py",
         "test_guard_host.py",
         "test_lockout.py",

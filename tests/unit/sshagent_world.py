@@ -31,8 +31,11 @@ PATIENCE_S = 120
 # A TTL that a start does not use up there, and that a test can wait for.
 SHORT_TTL_S = 6
 
-# Of a run under nohup(1) every child ignores it, and a shell then cannot trap it (POSIX, 2.11 Signals).
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Of a run under nohup(1), or in the background of a script, every child ignores them, and a shell then cannot
+# trap them (POSIX, 2.11 Signals).
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def short_folder(factory: pytest.TempPathFactory) -> Path:
