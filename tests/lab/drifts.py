@@ -43,6 +43,8 @@ SINCE_BOOT = tuple(
     f"path /run/{name}: is there, and should not:"
     for name in ("quietport-apt-updated", "quietport-sshd-apply.lock", "quietport/guard.lock")
 )
+# A converge that prunes tells the host so.
+PRUNING = 'file /etc/quietport/host.json: -  "prune_foreign": false'
 # Text that a person typed into a file where no secret belongs.
 PASTED = "# {canary}"
 OLD_TIMER = f"""for kind in service timer; do
@@ -374,7 +376,7 @@ class Drifted:
             ("left", self._left),
             ("to be pruned", lambda: Told(self.pruning.quietport("plan", "--json"))),
             ("pruned", self._prune),
-            ("left after that", self._left),
+            ("left after that", lambda: self._left(PRUNING)),
             ("cleared away", self._clear_away),
         ]
 
@@ -414,11 +416,11 @@ class Drifted:
             host = OnHost(self.tale.lab, name)
             host.inside(f"rm -f {WINS} {ADDS} && systemctl restart ssh.service", timeout=MAKE_TIMEOUT_S)
 
-    def _left(self) -> dict[str, list[str]]:
-        """What of each host is not as before, without what its drifts leave."""
+    def _left(self, *besides: str) -> dict[str, list[str]]:
+        """What of each host is not as before, without what its drifts leave, and lines that begin so."""
         found = {}
         for name, drifts in self.of.items():
-            leaves = (*SINCE_BOOT, *(start for drift in drifts for start in drift.leaves))
+            leaves = (*besides, *SINCE_BOOT, *(start for drift in drifts for start in drift.leaves))
             after = fingerprint.through(self.hosts, name)
             lines = fingerprint.differences(self.before[name], after)
             found[name] = [line for line in lines if not line.startswith(leaves)]
