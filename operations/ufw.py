@@ -26,24 +26,29 @@ from operations.common import Commands, executing, operation, program, refuse, s
 from operations.files import write
 from operations.units import is_enabled
 from quietport.ufw_rules import (
+    CONFIG_FILE,
     DEFAULTS,
     DEFAULTS_FILE,
     KERNEL_POLICIES,
+    RULES_FILES,
     SERVICE,
     Changes,
     changes,
     contradicting,
     foreign,
     is_ours,
+    lost_of,
     other_policies,
     past_ufw,
     reasons,
     rules_for,
+    stays_off,
     words_of,
 )
 
 # What was there before the first change: for the way back (operations/undo.py).
 RECORD = "/var/lib/quietport/ufw-before.json"
+_RESTORE = {"ipv4": "iptables-restore", "ipv6": "ip6tables-restore"}
 _CHAINS = {"incoming": "input", "outgoing": "output", "routed": "forward"}
 
 
@@ -85,6 +90,14 @@ _SET_DEFAULT = """set -eu
 sed -i "s/^DEFAULT_$1_POLICY=.*/DEFAULT_$1_POLICY=\\"$2\\"/" "$3"
 grep -qx "DEFAULT_$1_POLICY=\\"$2\\"" "$3" || printf 'DEFAULT_%s_POLICY="%s"\\n' "$1" "$2" >>"$3"
 """
+_SET_ENABLED = """set -eu
+sed -i 's/^ENABLED=.*/ENABLED=yes/' "$1"
+grep -qx 'ENABLED=yes' "$1" || echo 'ENABLED=yes' >>"$1"
+"""
+# As ufw-init-functions does at start: the chains that the file declares are made anew, in one step.
+_LOAD = """set -eu
+"$1" -n <"$2"
+"""
 _SET_IPV6 = """set -eu
 sed -i 's/^IPV6=.*/IPV6=yes/' "$1"
 grep -qx 'IPV6=yes' "$1" || echo 'IPV6=yes' >>"$1"
@@ -123,8 +136,13 @@ def _commands(
         # The rules there are hold for IPv4 alone, and look the same in `ufw show added`.
         present = tuple(rule for rule in ours if rule not in wanted.add + wanted.prepend)
         wanted = Changes(wanted.delete, wanted.add + present, wanted.prepend)
+    if stays_off(firewall):
+        # First: without it ufw writes its files, and leaves the kernel as it is.
+        commands.append(script(_SET_ENABLED, CONFIG_FILE))
     commands += _rule_commands(wanted)
     commands += default_commands(firewall, ipv6=ipv6)
+    for family in lost_of(firewall, ipv6=ipv6):
+        commands.append(script(_LOAD, _RESTORE[family], RULES_FILES[family]))
     if not at_boot:
         commands.append(program("systemctl", "enable", SERVICE))
     if not firewall["active"]:

@@ -151,6 +151,17 @@ def other_policies(firewall: Mapping[str, Any], direction: str, policy: str, *, 
     return [family for family, now in found.items() if now not in (None, KERNEL_POLICIES[policy])]
 
 
+def lost_of(firewall: Mapping[str, Any], *, ipv6: bool) -> dict[str, list[str]]:
+    """Family = our rules that the kernel has lost, of the families that this host has."""
+    families = ("ipv4", "ipv6")[: 2 if ipv6 else 1]
+    return {family: rules for family in families if (rules := firewall.get("lost", {}).get(family))}
+
+
+def stays_off(firewall: Mapping[str, Any]) -> bool:
+    """Whether an active ufw is not started at the next boot, and leaves the kernel alone until then."""
+    return bool(firewall["active"]) and firewall.get("enabled") is False
+
+
 def reasons(
     firewall: Mapping[str, Any],
     *,
@@ -182,6 +193,10 @@ def reasons(
             found.append(f"{direction} is {now or 'not set'} by default, not {policy}")
         for family in other_policies(firewall, direction, policy, ipv6=ipv6):
             found.append(f"the kernel does not {policy} what is {direction} by default, over {family}")
+    for family, rules in lost_of(firewall, ipv6=ipv6).items():
+        found += [f"the kernel has lost a rule, over {family}: {rule}" for rule in rules]
+    if stays_off(firewall):
+        found.append(f"{CONFIG_FILE} says that it does not come back after a boot")
     if not at_boot:
         found.append(f"{SERVICE} is not enabled")
     if not firewall["active"]:
@@ -224,6 +239,20 @@ def in_kernel(rule: str, listing: str) -> bool:
     """
     wanted = _options(rule)
     return any(wanted == _options(line) for line in listing.splitlines() if line.startswith("-A "))
+
+
+def lost_lines(kept: str, listing: str) -> list[tuple[str, str]]:
+    """(rule, its line) of ours in one of RULES_FILES whose line the kernel, by `iptables -S`, has not.
+
+    Somebody went past ufw, or changed its files while ENABLED=no kept it from the kernel. Raises ValueError
+    for a file that is not understood.
+    """
+    return [
+        (bare(rule), line)
+        for rule, wanted in kept_rules(kept)
+        for line in wanted
+        if is_ours(rule) and not in_kernel(line, listing)
+    ]
 
 
 def _options(rule: str) -> frozenset[tuple[str, ...]]:

@@ -23,14 +23,11 @@ from quietport.ufw_rules import (
     DEFAULTS_FILE,
     RULES_FILES,
     SERVICE,
-    bare,
     foreign,
     from_config,
-    in_kernel,
-    is_ours,
     kept_added,
-    kept_rules,
     kernel_policies,
+    lost_lines,
     past_ufw,
     reasons,
     rules_for,
@@ -93,9 +90,10 @@ def judge(now: Seen, declared: Mapping[str, Any], *, by_hand: bool = False) -> l
     rules, kernel = now.rules, now.kernel
     firewall = _firewall(now)
     networks = [str(network) for network in declared.get(PUBLIC_NETWORKS) or []]
+    # What is not active has nothing in the kernel to compare. That it stays off has a step of its own.
+    told = {"active": True, "enabled": True, "policies": firewall["policies"] if firewall["active"] else {}}
     wrong = reasons(
-        # What is not active has nothing in the kernel to compare.
-        {**firewall, "active": True, "policies": firewall["policies"] if firewall["active"] else {}},
+        {**firewall, **told},
         ipv6=6 in kernel,
         at_boot=True,
         prune_foreign=declared.get("prune_foreign") is True,
@@ -147,17 +145,11 @@ def _in_kernel(family: int, listing: str, kept: str) -> list[Finding]:
     if _JUMP[family] not in lines:
         why = f"IPv{family}: the kernel's INPUT chain does not lead to ufw's rules."
         return [Finding("FAIL", why, "`ufw reload`, which opens the firewall for a moment.")]
-    lost = [
-        (bare(rule), line)
-        for rule, wanted in kept_rules(kept)
-        for line in wanted
-        if is_ours(rule) and not in_kernel(line, listing)
-    ]
     found = [
         Finding(
             "FAIL", f"IPv{family}: ufw has a rule that the kernel has lost: {rule}.", f"`{program} {line}`"
         )
-        for rule, line in lost
+        for rule, line in lost_lines(kept, listing)
     ]
     for rule in past_ufw(listing):
         if rule.endswith(" -j ACCEPT") and not _HARMLESS.search(rule):

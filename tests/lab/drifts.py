@@ -300,6 +300,19 @@ DRIFTS = (
         "docker: engine and compose installed, the engine running",
         "docker.service is disabled, not enabled",
     ),
+    # Last: ufw puts its rules into the kernel anew with every change of them.
+    Drift(
+        "the firewall told to stay off",
+        "sed -i 's/^ENABLED=.*/ENABLED=no/' /etc/ufw/ufw.conf",
+        FIREWALL,
+        "/etc/ufw/ufw.conf says that it does not come back after a boot",
+    ),
+    Drift(
+        "a rule of ours taken out of the kernel",
+        "ip6tables -D ufw6-user-input -i tailscale0 -j ACCEPT",
+        FIREWALL,
+        "the kernel has lost a rule, over ipv6: allow in on tailscale0",
+    ),
 )
 # The row that follows from every change of firewall or ssh.
 PROOF = "proof: firewall and sshd hold over a new login, the guard is disarmed"
@@ -399,9 +412,9 @@ class Drifted:
         for name, drifts in self.of.items():
             self.before[name] = fingerprint.through(self.hosts, name)
             host = OnHost(self.tale.lab, name)
+            host.inside(BY_SOMEBODY)
             for drift in drifts:
                 host.inside(drift.make.replace("{canary}", canary()), timeout=MAKE_TIMEOUT_S)
-            host.inside(BY_SOMEBODY)
 
     def _prune(self) -> None:
         """ufw's rules go; the rest is taken away by who made it."""

@@ -86,6 +86,8 @@ FIREWALL = {
     "rules": [rule.shown() for rule in ufw_rules.WANTED],
 }
 ON_IPV4 = {"policies": {**FIREWALL["policies"], "ipv4": {"INPUT": "ACCEPT"}}}  # type: ignore[dict-item]
+STAYS_OFF = {"enabled": False}
+LOST = {"lost": {"ipv4": [], "ipv6": ["allow in on tailscale0"]}}
 OURS: list[str] = FIREWALL["rules"]  # type: ignore[assignment]
 
 
@@ -102,6 +104,8 @@ OURS: list[str] = FIREWALL["rules"]  # type: ignore[assignment]
         ("the kernel's policy opened", ON_IPV4, True),
         ("a default of ufw changed", {"defaults": {**FIREWALL["defaults"], "outgoing": "deny"}}, True),  # type: ignore[dict-item]
         ("the firewall not started at boot", {}, False),
+        ("the firewall told to stay off", STAYS_OFF, True),
+        ("a rule of ours taken out of the kernel", LOST, True),
     ],
 )
 def test_the_firewall_says_so(name: str, changed: dict[str, Any], at_boot: bool) -> None:
@@ -141,7 +145,7 @@ def test_a_rule_past_ufw_is_told_from_those_of_ufw_and_tailscaled() -> None:
 def test_reasons_are_there_exactly_where_there_is_work() -> None:
     """What is said and what is done come from the same state; neither is without the other."""
     for rules in ([], OURS, OURS[:1], OURS[::-1], ["deny 1/tcp", *OURS], [*OURS, "allow 80/tcp"]):
-        for changed in ({}, ON_IPV4, {"active": False}, {"ipv6": False}, {"defaults": {}}):
+        for changed in ({}, ON_IPV4, {"active": False}, {"ipv6": False}, {"defaults": {}}, STAYS_OFF, LOST):
             for at_boot in (True, False):
                 state = {**FIREWALL, "rules": rules, **changed}
                 work = ufw._commands(state, ipv6=True, at_boot=at_boot, prune_foreign=True, break_glass=())
