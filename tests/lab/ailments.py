@@ -34,6 +34,8 @@ from tests.lab.story import (
 
 NAME = "c13-doctor"
 Batch = Literal["by commands", "the ground", "by a converge", "by a reboot"]
+# In these the operator's side sees something else.
+SEEN: tuple[Batch, ...] = ("by commands", "the ground")
 BATCHES: tuple[Batch, ...] = ("by commands", "the ground", "by a converge", "by a reboot")
 
 DOCTOR = "quietport-doctor.service"
@@ -276,6 +278,7 @@ class Patient:
         for batch in BATCHES:
             batches += [
                 (f"ill: {batch}", partial(self.provoked, batch)),
+                *([(f"seen: {batch}", self.seen)] if batch in SEEN else []),
                 (f"well: {batch}", partial(self.mended, batch)),
             ]
         return [
@@ -283,12 +286,18 @@ class Patient:
             ("converged", lambda: self.hosts.apply().ok()),
             ("before the timer", self.doctor),
             ("healthy", self.healthy),
+            ("seen: healthy", self.seen),
             *batches,
         ]
 
     def doctor(self) -> Doctor:
         done = self.host.done("quietport doctor --json")
         return Doctor(done.returncode, json.loads(done.stdout))
+
+    def seen(self) -> Doctor:
+        """What `quietport doctor` on the operator's side says."""
+        done = self.hosts.quietport("doctor", "--json")
+        return Doctor(done.code, json.loads(done.out))
 
     def healthy(self) -> Doctor:
         """With a service as compose makes it, and a result of the timer."""

@@ -6,10 +6,11 @@ The ailments are in tests/lab/ailments.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from tests.lab.ailments import AILMENTS, BATCHES, DOCTOR, Ailment, Doctor, Patient
+from tests.lab.ailments import AILMENTS, BATCHES, DOCTOR, NAME, Ailment, Doctor, Patient
 from tests.lab.own import Waits
 
 pytestmark = pytest.mark.container
@@ -57,3 +58,40 @@ def test_then_the_host_is_well(patient: Patient, batch: str) -> None:
     well: Doctor = patient.story[f"well: {batch}"]
     assert well.failing() == []
     assert well.code == 0
+
+
+# From the operator's side
+
+
+def seen(patient: Patient, chapter: str) -> tuple[int, dict[str, Any]]:
+    """The exit code, and what is said of the host."""
+    said: Doctor = patient.story[f"seen: {chapter}"]
+    assert said.document["schema"] == 1
+    return said.code, said.document["hosts"][NAME]
+
+
+def test_the_operator_sees_a_host_that_is_well(patient: Patient) -> None:
+    code, host = seen(patient, "healthy")
+    assert (code, host["error"], host["tailnet"]["ok"]) == (0, "", True), host
+    assert host["state"] in ("pass", "warn")
+    assert (host["public"]["state"], host["public"]["open"]) == ("closed", [])
+    here: Doctor = patient.story["healthy"]
+    assert {row["check"] for row in host["report"]["checks"]} == {
+        row["check"] for row in here.document["checks"]
+    }
+
+
+def test_the_operator_sees_what_the_public_sees(patient: Patient) -> None:
+    """The firewall is off and something listens; who answers at the tailnet address is not sshd."""
+    code, host = seen(patient, "by commands")
+    assert (code, host["state"], host["public"]["state"]) == (1, "fail", "open"), host
+    assert [one for one in host["public"]["open"] if one.endswith(":8088")]
+    assert host["tailnet"]["ok"] is False
+    assert host["report"]["state"] == "fail"
+
+
+def test_a_host_that_is_off_the_tailnet_is_a_row(patient: Patient) -> None:
+    code, host = seen(patient, "the ground")
+    assert (code, host["state"], host["report"]) == (1, "unreachable", None), host
+    assert NAME not in host["error"] and host["error"]
+    assert host["public"]["state"] == "closed"
