@@ -104,12 +104,6 @@ _NO_SUCH_SERVER = (
 AILMENTS = (
     # By commands on the host
     Ailment(
-        "tailnet",
-        "Tailscale SSH switched on",
-        "tailscale set --accept-risk=lose-ssh --ssh=true",
-        "Tailscale SSH answers logins",
-    ),
-    Ailment(
         "key-expiry",
         "a key that expires in two days",
         "",
@@ -170,7 +164,14 @@ AILMENTS = (
         batch="the ground",
         slow=True,
     ),
-    # What the converge puts back
+    # What the converge puts back, once it gets in: first the one that needs none
+    Ailment(
+        "tailnet",
+        "Tailscale SSH switched on",
+        "tailscale set --accept-risk=lose-ssh --ssh=true",
+        "Tailscale SSH answers logins",
+        batch="by a converge",
+    ),
     Ailment(
         "firewall",
         "a rule of ours removed",
