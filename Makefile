@@ -17,7 +17,7 @@ help:
 	@echo "make kills N= SEED=    the converge killed N times, and what came of each host"
 	@echo "make chaos FAULTS= SEED=  faults while the operator could be locked out, and what came of each"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
-	@echo "make bench [HOSTS=10]  what ten hosts cost against one, into docs/benchmarks.md"
+	@echo "make bench [HOSTS=10]  each program beside a peer, ten hosts against one, into docs/benchmarks.md"
 	@echo "make venv lint types unit fixtures docs-table lock"
 
 venv:
@@ -78,6 +78,8 @@ bench: venv
 	@$(PYTHON3) -m lab.bootstrap lab --target container
 	@env -u QUIETPORT_HOSTS $(PY) -m bench.fleet --hosts $(or $(HOSTS),10)
 	@$(PY) -m bench.agent_access --append docs/benchmarks.md
+	@$(PY) -m bench.ports --append docs/benchmarks.md
+	@$(PY) -m bench.doctor --page build/bench/doctor.json --append docs/benchmarks.md
 
 # Names the lab's hosts file, or fails: `QUIETPORT_HOSTS=$$(make -s lab-hosts) pyinfra inventory ...`
 lab-hosts: venv

@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from bench import machine
@@ -77,10 +77,7 @@ def measure_start(folder: Path, python: str, rounds: int) -> dict[str, dict[str,
         whole = start_ms(session, {**env, VARIABLE: key.read_text()})
         for name, value in (("bare", bare), ("session", whole), ("overhead", whole - bare)):
             found[name].append(value)
-    return {
-        name: {"median": round(median(values), 1), "p95": round(quantiles(values, n=20)[-1], 1)}
-        for name, values in found.items()
-    }
+    return machine.summed_up(found)
 
 
 def make_sessions(root: Path, count: int) -> None:
@@ -154,14 +151,12 @@ def document_of(
 def text_of(document: Mapping[str, Any]) -> str:
     """A table. Every number in it is the document's."""
     start, listed = document["start_ms"], document["list"]
-    machine = f"{document['cores']} cores ({document['cpu']}), load {document['load']} before it began"
-    rows = "\n".join(f"| {name} | {one['median']} ms | {one['p95']} ms |" for name, one in start.items())
     return f"""\
-{machine}, {document["python"]}, {document["date"]}.
+{machine.where(document)}
 
 | start to command, {document["rounds"]} rounds | median | p95 |
 |---|---|---|
-{rows}
+{machine.rows(start)}
 
 `--list --json` of {listed["sessions"]} sessions: {listed["median_ms"]} ms.
 """
@@ -184,13 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = measure_start(Path(name), options.python, options.rounds)
         listed = measure_list(Path(name), options.python, options.sessions)
     document = document_of(start, listed, rounds=options.rounds, python=options.python, load=load)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    text = text_of(document)
-    if options.append:
-        with options.append.open("a") as page:
-            page.write(f"\n## A session of agent access against bare ssh-agent and ssh-add\n\n{text}")
-    print(text)
+    machine.write(document, options.output)
+    title = "A session of agent access against bare ssh-agent and ssh-add"
+    machine.append(options.append, title, text_of(document))
     return 0
 
 

@@ -1,6 +1,7 @@
 """What `quietport doctor` takes on a host, beside what somebody would type there instead.
 
     python -m bench.doctor NAME [--rounds N] [--output FILE]
+    python -m bench.doctor --page FILE --append PAGE    from an earlier FILE
 
 NAME is a converged host of the hosts file (QUIETPORT_HOSTS). `doctor` is `quietport doctor --json`, start
 included; `by hand` is systemctl, tailscale, ufw, ss, sshd and docker one after the other, and nobody has read
@@ -19,7 +20,6 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from bench import machine
@@ -67,25 +67,18 @@ def document_of(
     found: Mapping[str, Sequence[float]], *, host: str, rounds: int, load: float
 ) -> dict[str, Any]:
     """The JSON document, with the state of this machine."""
-    ms = {
-        name: {"median": round(median(times)), "p95": round(quantiles(times, n=20)[-1])}
-        for name, times in found.items()
-    }
+    ms = machine.summed_up(found, digits=0)
     return {"schema": SCHEMA, **machine.state(load=load), "host": host, "rounds": rounds, "ms": ms}
 
 
 def text_of(document: Mapping[str, Any]) -> str:
     """A table. Every number in it is the document's."""
-    where = f"{document['cores']} cores ({document['cpu']}), load {document['load']} before it began"
-    rows = "\n".join(
-        f"| {name} | {one['median']} ms | {one['p95']} ms |" for name, one in document["ms"].items()
-    )
     return f"""\
-{where}, {document["date"]}.
+{machine.where(document)}
 
 | {document["host"]}, {document["rounds"]} rounds | median | p95 |
 |---|---|---|
-{rows}
+{machine.rows(document['ms'])}
 """
 
 
@@ -93,21 +86,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write FILE. Returns the exit code."""
     summary = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog="python -m bench.doctor", description=summary)
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", nargs="?")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--page", type=Path, metavar="FILE", help="only the table, from an earlier FILE")
+    parser.add_argument("--append", type=Path, metavar="PAGE", help="add the table to this page of the docs")
     options = parser.parse_args(argv)
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
+    if (options.name is None) == (options.page is None):
+        parser.error("either NAME or --page")
+    document = json.loads(options.page.read_text()) if options.page else measured(options)
+    machine.append(options.append, "quietport doctor against what it asks, by hand", text_of(document))
+    return 0
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """The document of a measurement, which is also written to FILE."""
     load = os.getloadavg()[0]
     with open_session(options.name) as session:
         done = session.run(script(WAYS, options.rounds), timeout=ROUND_S * options.rounds)
     found = parse(done.stdout.decode(errors="replace"), rounds=options.rounds)
     document = document_of(found, host=options.name, rounds=options.rounds, load=load)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(text_of(document))
-    return 0
+    machine.write(document, options.output)
+    return document
 
 
 if __name__ == "__main__":

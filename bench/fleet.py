@@ -111,9 +111,17 @@ def measure_all(count: int) -> list[Measured]:
                     found.append(measure(hosts, way, step, count))
                 else:
                     found += [measure(hosts, way, step, 1, "--limit", name) for name in names]
+            if way == "fleet":
+                measure_doctor(hosts, names[0])
         finally:
             lab.down()
     return found
+
+
+def measure_doctor(hosts: Hosts, name: str) -> None:
+    """On a host that is converged anyway; bench.doctor writes its own document."""
+    argv = [sys.executable, "-m", "bench.doctor", name]
+    subprocess.run(argv, cwd=ROOT, env=hosts.env(), check=True)
 
 
 def document_of(measured: Sequence[Measured], *, hosts: int, load: float) -> dict[str, Any]:
@@ -174,8 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.page is None:
         load = os.getloadavg()[0]
         document = document_of(measure_all(options.hosts), hosts=options.hosts, load=load)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(document, indent=1) + "\n")
+        machine.write(document, options.output)
     else:
         document = json.loads(options.page.read_text())
     text = page_of(document)

@@ -1,11 +1,14 @@
-"""What a measurement was made on."""
+"""What a measurement was made on, and what the benchmarks write down in the same way."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
 
 
@@ -18,3 +21,39 @@ def state(*, load: float) -> dict[str, Any]:
         "cpu": model[1] if model else "unknown",
         "load": round(load, 1),
     }
+
+
+def where(document: Mapping[str, Any]) -> str:
+    """What `state` said, as the beginning of a section of the docs."""
+    python = f"{document['python']}, " if "python" in document else ""
+    return (
+        f"{document['cores']} cores ({document['cpu']}), load {document['load']} before it began, "
+        f"{python}{document['date']}."
+    )
+
+
+def summed_up(times: Mapping[str, Sequence[float]], *, digits: int = 1) -> dict[str, dict[str, float]]:
+    """Median and 95th percentile of the times of each way, of which there are two at least."""
+    return {
+        name: {"median": round(median(values), digits), "p95": round(quantiles(values, n=20)[-1], digits)}
+        for name, values in times.items()
+    }
+
+
+def rows(found: Mapping[str, Mapping[str, float]]) -> str:
+    """A line of a table for each way that was summed up."""
+    return "\n".join(f"| {name} | {one['median']:g} ms | {one['p95']:g} ms |" for name, one in found.items())
+
+
+def write(document: Mapping[str, Any], output: Path) -> None:
+    """Write the JSON document to `output`, whose directory is made."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def append(page: Path | None, title: str, text: str) -> None:
+    """Add a section to a page of the docs, if there is one to add to; print it either way."""
+    if page is not None:
+        with page.open("a") as stream:
+            stream.write(f"\n## {title}\n\n{text}")
+    print(text)

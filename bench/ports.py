@@ -1,6 +1,6 @@
 """What it costs to read and judge very many listening sockets, beside the plainest way to read them.
 
-    python -m bench.ports [--sockets N] [--rounds N] [--python FILE] [--output FILE]
+    python -m bench.ports [--sockets N] [--rounds N] [--python FILE] [--output FILE] [--append PAGE]
 
 All ways read one text, as `ss -lntup` prints it, and take turns in one run. `split` is the peer: it cuts each
 line at its blanks and takes columns, and misreads a name with a newline. `parse` is quietport's parser,
@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 from bench import machine
@@ -123,24 +122,17 @@ def measure(folder: Path, python: str, *, sockets: int, rounds: int) -> dict[str
         for name, way in ways.items():
             found[name].append(cpu_ms(way, text, sockets))
         found["program"].append(program_ms(argv, sockets))
-    return {
-        name: {"median": round(median(values), 1), "p95": round(quantiles(values, n=20)[-1], 1)}
-        for name, values in found.items()
-    }
+    return machine.summed_up(found)
 
 
 def text_of(document: Mapping[str, Any]) -> str:
     """A table. Every number in it is the document's."""
-    where = f"{document['cores']} cores ({document['cpu']}), load {document['load']} before it began"
-    rows = "\n".join(
-        f"| {name} | {one['median']} ms | {one['p95']} ms |" for name, one in document["ms"].items()
-    )
     return f"""\
-{where}, {document["python"]}, {document["date"]}.
+{machine.where(document)}
 
 | {document["sockets"]} sockets, {document["rounds"]} rounds | median | p95 |
 |---|---|---|
-{rows}
+{machine.rows(document['ms'])}
 """
 
 
@@ -152,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--python", default="/usr/bin/python3", metavar="FILE")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--append", type=Path, metavar="PAGE", help="add the table to this page of the docs")
     options = parser.parse_args(argv)
     if options.rounds < 2 or options.sockets < 1:
         parser.error("--rounds must be at least 2, --sockets at least 1")
@@ -167,9 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "ms": found,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(text_of(document))
+    machine.write(document, options.output)
+    machine.append(options.append, "quietport ports with very many sockets", text_of(document))
     return 0
 
 
