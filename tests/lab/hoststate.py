@@ -73,11 +73,15 @@ def output(*argv: str) -> str:
 
 
 def replacer(pairs: Iterable[Iterable[str]]) -> Text:
-    """A function that writes the word for each text, the longest text first."""
+    """A function that writes the word for each text where it stands by itself.
+
+    Of another address, as constants of a program have them, it may be the beginning.
+    """
     words = {text: word for text, word in pairs if text}
     if not words:
         return str
-    pattern = re.compile("|".join(re.escape(text) for text in sorted(words, key=len, reverse=True)))
+    texts = "|".join(re.escape(text) for text in sorted(words, key=len, reverse=True))
+    pattern = re.compile(f"(?<![0-9A-Za-z])(?:{texts})(?![0-9A-Za-z])")
     return lambda value: pattern.sub(lambda found: words[found[0]], value)
 
 

@@ -286,6 +286,13 @@ def test_files_are_told_with_mode_and_owner_and_secrets_by_their_digest(tmp_path
     assert hoststate.contents([str(tmp_path)], plain)[str(tmp_path / "secret")] != before
 
 
+def test_an_address_is_no_part_of_another_one() -> None:
+    plain = hoststate.replacer([["100.64.0.3", "TAILNET4"], ["fd7a::5", "TAILNET6"]])
+    assert plain("100.64.0.3:22 [fd7a::5]:22 100.64.0.3/32") == "TAILNET4:22 [TAILNET6]:22 TAILNET4/32"
+    others = "100.64.0.33 fd7a::53 1100.64.0.3"
+    assert plain(others) == others
+
+
 def test_the_order_of_our_rules_counts_and_that_of_daemons_among_themselves_does_not() -> None:
     head = "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -j DOCKER-USER\n"
     ts, ufw, more = "-A FORWARD -j ts-forward\n", "-A FORWARD -j ufw-a\n", "-A FORWARD -j ufw-b\n"
