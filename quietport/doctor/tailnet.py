@@ -83,7 +83,7 @@ def look(declared: Mapping[str, Any]) -> list[Finding]:
     return judge(
         _node(document),
         addresses_on(TAILNET_INTERFACE),
-        preferences.look(HERE),
+        preferences.look(HERE, timeout=QUICK_S),
         declared,
         families=admission.families(),
     )

@@ -20,9 +20,12 @@ _LOOK_S = 5.0
 _SET_S = 15.0
 
 
-def look(machine: Machine) -> dict[str, Any] | None:
-    """The preferences by their key; None when tailscaled does not answer or is not there."""
-    done = machine.run(["tailscale", "debug", "prefs"], timeout=_LOOK_S)
+def look(machine: Machine, *, timeout: float = _LOOK_S) -> dict[str, Any] | None:
+    """The preferences by their key; None when tailscaled does not answer or is not there.
+
+    `timeout` is in seconds: a rollback has no time to wait. Raises HostProgramError when it is over.
+    """
+    done = machine.run(["tailscale", "debug", "prefs"], timeout=timeout)
     if done.code != 0:
         return None
     try:

@@ -606,7 +606,7 @@ def test_json_of_tailscale_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tailnet, "is_installed", lambda name: True)
     monkeypatch.setattr(tailnet, "status", lambda: tailnet.parse_status(json.dumps(document)))
     monkeypatch.setattr(tailnet, "addresses_on", lambda interface: ASSIGNED)
-    monkeypatch.setattr(tailnet.preferences, "look", lambda machine: PREFS)
+    monkeypatch.setattr(tailnet.preferences, "look", lambda machine, timeout: PREFS)
     monkeypatch.setattr(tailnet.admission, "families", lambda: (4, 6))
     passes(tailnet.look(DECLARED))
     passes(tailnet.look_at_expiry(DECLARED))
