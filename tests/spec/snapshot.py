@@ -49,8 +49,13 @@ CHAINS = (("filter", "DOCKER-USER"), ("mangle", "QUIETPORT-FORWARD"))
 FAMILIES = ("iptables", "ip6tables")
 
 Question = tuple[str, ...]
+# The doctor once more, by itself.
+AGAIN = "quietport doctor --json 2>/dev/null; echo $?"
 # Asked only when another answer is known.
-AFTERWARDS = ("docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",)
+AFTERWARDS = (
+    "docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",
+    AGAIN,
+)
 QUESTIONS: tuple[Question, ...] = (
     ("apt-cache policy tailscale openssh-server",),
     ("apt-config dump APT::Periodic",),

@@ -9,7 +9,7 @@ import pytest
 
 from facts.files import FileState, FileText
 from tests.spec.reading import Reading
-from tests.spec.snapshot import DOCTORS_LATEST
+from tests.spec.snapshot import AGAIN, DOCTORS_LATEST
 
 KEYS = {"check", "status", "reason", "next_step", "at"}
 
@@ -19,6 +19,10 @@ def told(reading: Reading) -> dict[str, Any]:
     """What `quietport doctor --json` says of the host."""
     text, _, code = reading.text("quietport doctor --json; echo $?").rpartition("\n")
     document: dict[str, Any] = json.loads(text)
+    if any(one["reason"].startswith("could not tell") for one in document["checks"]):
+        # The snapshot asks much of a host at the same time; an emulated one may have had no time for it.
+        text, _, code = reading.text(AGAIN).rpartition("\n")
+        document = json.loads(text)
     # A warning is no failure, and neither is what nobody has looked at yet.
     assert int(code) == {"fail": 1, "unknown": 3}.get(document["state"], 0)
     return document
