@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,15 +13,24 @@ from statistics import median, quantiles
 from typing import Any
 
 
-def state(*, load: float) -> dict[str, Any]:
-    """date (UTC), cores (that this process may use), cpu (its name), load (as given, of one minute)."""
+def state(*, load: float, python: str = "") -> dict[str, Any]:
+    """date (UTC), cores (that this process may use), cpu (its name), load (as given, of one minute).
+
+    With an interpreter `python` (its file), also python, its version.
+    """
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cores": len(os.sched_getaffinity(0)),
         "cpu": model[1] if model else "unknown",
         "load": round(load, 1),
+        **({"python": _version(python)} if python else {}),
     }
+
+
+def _version(python: str) -> str:
+    said = subprocess.run([python, "--version"], capture_output=True, text=True, check=True)
+    return said.stdout.strip()
 
 
 def where(document: Mapping[str, Any]) -> str:

@@ -151,11 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         found = measure(Path(name), options.python, sockets=options.sockets, rounds=options.rounds)
-    said = subprocess.run([options.python, "--version"], capture_output=True, text=True, check=True)
     document = {
         "schema": SCHEMA,
-        **machine.state(load=load),
-        "python": said.stdout.strip(),
+        **machine.state(load=load, python=options.python),
         "sockets": options.sockets,
         "rounds": options.rounds,
         "ms": found,

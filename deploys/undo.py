@@ -13,6 +13,7 @@ from control import zipapp
 from control.settings import settings_for
 from deploys.firewall import DROP_IN
 from operations import files, guard, lock, opened, publicly, sshd, timers, ufw, undo
+from quietport.unit_names import FOLLOWER
 
 settings = settings_for(host.name)
 
@@ -25,7 +26,7 @@ undo.firewall_as_before(name="undo: the firewall without our rules")
 publicly.stays(name="undo: a new public login proves it, the guard is disarmed")
 opened.forgotten(name="undo: not opened by hand any more")
 undo.unit_gone(name="undo: our part of ufw.service gone", unit="ufw.service", files=[DROP_IN])
-undo.unit_gone(name="undo: the follower gone", unit=sshd.FOLLOWER, files=list(sshd.FOLLOWER_FILES))
+undo.unit_gone(name="undo: the follower gone", unit=FOLLOWER, files=list(sshd.FOLLOWER_FILES))
 timers.no_others(name="undo: our timers gone", units=[])
 files.absent(name="undo: the note about the firewall gone", path=ufw.RECORD)
 undo.way_forgotten(name="operator: the public address is the way again")

@@ -9,10 +9,9 @@ from facts.users import Account
 from operations import notes
 from operations.common import Commands, operation, program, script, warn
 from operations.users import account_of
-from quietport.sshagent.names import PROGRAM
+from quietport.sshagent.names import LINGER, PROGRAM
 
 # systemd-logind keeps one file a user there (loginctl(1), enable-linger).
-LINGER = "/var/lib/systemd/linger"
 STATE = f".local/state/{PROGRAM}"
 # As the user, so that no link in the home directory sends root's mkdir elsewhere. mkdir's mode is the one it
 # is made with: there is no moment with another.

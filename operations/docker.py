@@ -21,9 +21,9 @@ from operations.files import put_if_needed
 from operations.programs import PROGRAMS
 from operations.units import enable_if_needed, files_if_needed
 from quietport.containers import EVERY_ADDRESS
+from quietport.unit_names import CHAIN_UNIT
+from quietport.unit_names import DOCKER as SERVICE
 
-SERVICE = "docker.service"
-CHAIN_UNIT = "quietport-docker-user.service"
 CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
 LOOPBACK = "127.0.0.1"
 # What a plan calls changes that others may depend on.

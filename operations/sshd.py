@@ -24,7 +24,6 @@ from facts.units import Units
 from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
 from operations.units import (
-    UNIT_FOLDER,
     enable_if_needed,
     files_if_needed,
     is_enabled,
@@ -33,10 +32,10 @@ from operations.units import (
 )
 from quietport import admission, sshd
 from quietport.errors import printable
+from quietport.unit_names import FOLLOWER, UNIT_FOLDER
 
 _TEMPLATES = Path(__file__).parents[1] / "templates/ssh"
 UNIT_DROP_IN_TEXT = (_TEMPLATES / "ssh.service.conf").read_text()
-FOLLOWER = "quietport-sshd-follow.service"
 FOLLOWER_FILES = {f"{UNIT_FOLDER}/{FOLLOWER}": (_TEMPLATES / FOLLOWER).read_text()}
 # Lines of others' files that a sentence names; `--diff` shows them all.
 MAX_SHOWN = 6

@@ -13,8 +13,9 @@ from pyinfra.context import host
 from facts.units import OwnTimers
 from operations import notes
 from operations.common import Commands, operation, refuse, script
-from operations.units import UNIT_FOLDER, enable_if_needed, files_if_needed
+from operations.units import enable_if_needed, files_if_needed
 from operations.users import account_of
+from quietport.unit_names import UNIT_FOLDER
 
 _FOLDER = Path(__file__).parents[1] / "templates/timers"
 _TEMPLATES = {

@@ -35,6 +35,7 @@ from quietport.ufw_rules import (
     Changes,
     changes,
     contradicting,
+    families,
     foreign,
     is_ours,
     lost_of,
@@ -85,22 +86,14 @@ def live_policy(direction: str, policy: str, *, family: str) -> str:
     return "\n".join([*lines, "COMMIT", ""])
 
 
-# After the kernel: the file is what the next run reads, and must not claim what the kernel does not do yet.
-_SET_DEFAULT = """set -eu
-sed -i "s/^DEFAULT_$1_POLICY=.*/DEFAULT_$1_POLICY=\\"$2\\"/" "$3"
-grep -qx "DEFAULT_$1_POLICY=\\"$2\\"" "$3" || printf 'DEFAULT_%s_POLICY="%s"\\n' "$1" "$2" >>"$3"
-"""
-_SET_ENABLED = """set -eu
-sed -i 's/^ENABLED=.*/ENABLED=yes/' "$1"
-grep -qx 'ENABLED=yes' "$1" || echo 'ENABLED=yes' >>"$1"
+# NAME=value in one of ufw's files; $1 is the name, $2 the value, $3 the file.
+_ASSIGN = """set -eu
+sed -i "s/^$1=.*/$1=$2/" "$3"
+grep -qx "$1=$2" "$3" || printf '%s=%s\\n' "$1" "$2" >>"$3"
 """
 # As ufw-init-functions does at start: the chains that the file declares are made anew, in one step.
 _LOAD = """set -eu
 "$1" -n <"$2"
-"""
-_SET_IPV6 = """set -eu
-sed -i 's/^IPV6=.*/IPV6=yes/' "$1"
-grep -qx 'IPV6=yes' "$1" || echo 'IPV6=yes' >>"$1"
 """
 
 
@@ -116,11 +109,12 @@ def default_commands(
         if not firewall["active"]:
             commands.append(program("ufw", "default", policy, direction))
             continue
-        for restore, family in (("iptables-restore", ""), ("ip6tables-restore", "6"))[: 2 if ipv6 else 1]:
-            text = live_policy(direction, policy, family=family)
-            commands.append(program(restore, "-n", stdin=text.encode()))
-        chain = _CHAINS[direction].upper()
-        commands.append(script(_SET_DEFAULT, chain, KERNEL_POLICIES[policy], DEFAULTS_FILE))
+        for family in families(ipv6=ipv6):
+            text = live_policy(direction, policy, family="6" if family == "ipv6" else "")
+            commands.append(program(_RESTORE[family], "-n", stdin=text.encode()))
+        # After the kernel: the next run reads the file, which must not claim what the kernel does not do yet.
+        name, value = f"DEFAULT_{_CHAINS[direction].upper()}_POLICY", f'"{KERNEL_POLICIES[policy]}"'
+        commands.append(script(_ASSIGN, name, value, DEFAULTS_FILE))
     return commands
 
 
@@ -132,13 +126,13 @@ def _commands(
     ours = rules_for(break_glass, ipv6=ipv6)
     wanted = changes(firewall["rules"], prune_foreign=prune_foreign, ours=ours)
     if ipv6 and not firewall["ipv6"]:
-        commands.append(script(_SET_IPV6, DEFAULTS_FILE))
+        commands.append(script(_ASSIGN, "IPV6", "yes", DEFAULTS_FILE))
         # The rules there are hold for IPv4 alone, and look the same in `ufw show added`.
         present = tuple(rule for rule in ours if rule not in wanted.add + wanted.prepend)
         wanted = Changes(wanted.delete, wanted.add + present, wanted.prepend)
     if stays_off(firewall):
         # First: without it ufw writes its files, and leaves the kernel as it is.
-        commands.append(script(_SET_ENABLED, CONFIG_FILE))
+        commands.append(script(_ASSIGN, "ENABLED", "yes", CONFIG_FILE))
     commands += _rule_commands(wanted)
     commands += default_commands(firewall, ipv6=ipv6)
     for family in lost_of(firewall, ipv6=ipv6):

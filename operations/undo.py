@@ -33,10 +33,10 @@ from operations.common import (
     warn,
 )
 from operations.programs import files_if_needed as programs_if_needed
-from operations.units import UNIT_FOLDER
 from quietport import sshd, ufw_rules
 from quietport.hostfile import HOST_JSON
 from quietport.ufw_rules import MARK, bare, is_ours, words_of
+from quietport.unit_names import UNIT_FOLDER
 
 WAY_IN = "undo, the way in"
 # Hosts on which this run has put sshd back, or would, were it no dry run.

@@ -16,8 +16,7 @@ from facts.units import Units
 from operations import notes
 from operations.common import Commands, operation, program
 from operations.files import put_if_needed
-
-UNIT_FOLDER = "/etc/systemd/system"
+from quietport.unit_names import UNIT_FOLDER
 
 
 def is_masked(state: Mapping[str, Any]) -> bool:

@@ -24,7 +24,6 @@ from pathlib import Path
 from quietport import admission, commands, opened, sshd, sshd_follow
 from quietport.errors import FINE, PROBLEM, USAGE, HostProgramError, printable
 from quietport.guard import state
-from quietport.guard.scope import UNIT_FOLDER
 from quietport.hostfile import HostFileMissingError, host_settings, read_json
 from quietport.net import TAILNET_INTERFACE
 from quietport.opened import Opened
@@ -32,6 +31,7 @@ from quietport.rtnetlink import addresses_on
 from quietport.sshd_apply import COMMAND_TIMEOUT_S, Apply, Failed, Host, Plan, to_the_end
 from quietport.sshd_wait import Wanted, bindable
 from quietport.ufw_rules import bare, is_ours, parse_added, shown, traffic, words_of
+from quietport.unit_names import UNIT_FOLDER
 
 RULE = f"allow {sshd.PORT}/tcp"
 WHY = "opened by hand"

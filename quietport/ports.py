@@ -16,6 +16,8 @@ from quietport.net import TAILNET_INTERFACE, Interfaces, in_tailnet_ranges, pars
 from quietport.processes import Program
 from quietport.serve import Served
 from quietport.ss import Listener, Process
+from quietport.sshd import PORT
+from quietport.unit_names import DOCKER
 
 Exposure = Literal["loopback", "tailnet", "private", "public"]
 Verdict = Literal["ok", "allowed", "violation"]
@@ -167,9 +169,7 @@ _DHCP_EXECUTABLES = frozenset(
 )
 _TAILSCALED = Program(unit="tailscaled.service", executable="/usr/sbin/tailscaled")
 _SSHD = Program(unit="ssh.service", executable="/usr/sbin/sshd")
-_SSH_PORT = 22
 _SSH_UNITS = ("ssh.service", "sshd.service", "ssh.socket", "sshd.socket")
-_DOCKER = "docker.service"
 
 
 def judge(
@@ -191,7 +191,7 @@ def judge(
     exposure = classify(listener, interfaces)
     holders = _holders(listener, programs, socket_units or {})
     container = ""
-    if set(holders) == {_DOCKER}:
+    if set(holders) == {DOCKER}:
         container = next((port.container for port in published if port.is_held_by(listener)), "")
     result = verdict(listener, exposure, programs)
     hint = ""
@@ -214,7 +214,7 @@ def judge_host(evidence: Evidence) -> list[Judged]:
         )
         for listener in evidence.listeners
     ]
-    held = [entry.listener for entry in sockets if entry.unit == _DOCKER]
+    held = [entry.listener for entry in sockets if entry.unit == DOCKER]
     forwarded = [
         _forwarded(port, evidence)
         for port in evidence.published
@@ -290,10 +290,10 @@ def _forwarded(port: Published, evidence: Evidence) -> Judged:
     """A port that Docker forwards by packet filter rules alone: no process holds it."""
     listener = Listener(port.protocol, port.host_ip or "*", port.host_port)
     exposure = classify(listener, evidence.interfaces)
-    judged = Judged(listener, exposure, "ok", _DOCKER, container=port.container, service="docker")
+    judged = Judged(listener, exposure, "ok", DOCKER, container=port.container, service="docker")
     if exposure != "public":
         return judged
-    reason = _reason(listener, {_DOCKER}, evidence.declared)
+    reason = _reason(listener, {DOCKER}, evidence.declared)
     return replace(judged, verdict="allowed" if reason else "violation", hint=reason or PUBLISHED_HINT)
 
 
@@ -320,7 +320,7 @@ def _answered(served: Served) -> Judged:
 def _on_vsock(listener: Listener, evidence: Evidence) -> Judged:
     """A socket for the machine that runs this one, as systemd-ssh-generator(8) makes for sshd."""
     unit = _named(_holders(listener, evidence.programs, evidence.socket_units))
-    service = "sshd" if listener.port == _SSH_PORT and not listener.processes else ""
+    service = "sshd" if listener.port == PORT and not listener.processes else ""
     return Judged(listener, "private", "ok", unit, service=service)
 
 
@@ -348,7 +348,7 @@ def _excused(listener: Listener, process: Process, programs: Mapping[int, Progra
 
 def _is_public_sshd(listener: Listener, programs: Mapping[int, Program]) -> bool:
     """Whether this is the sshd of ssh.service on every address, and on no other port than ours."""
-    if (listener.protocol, listener.port, listener.zone) != ("tcp", _SSH_PORT, ""):
+    if (listener.protocol, listener.port, listener.zone) != ("tcp", PORT, ""):
         return False
     if listener.address != "*" and not parse_address(listener.address).is_unspecified:
         return False
@@ -364,7 +364,7 @@ def _as_installed(program: Program) -> Program:
 def _is_sshd(listener: Listener, holders: Sequence[str]) -> bool:
     """Whether this is sshd's, or at its place: no exception excuses that, break_glass_cidrs is for it."""
     of_ssh = any(unit in _SSH_UNITS or unit.startswith(("ssh@", "sshd@")) for unit in holders)
-    return of_ssh or (listener.protocol, listener.port) == ("tcp", _SSH_PORT)
+    return of_ssh or (listener.protocol, listener.port) == ("tcp", PORT)
 
 
 SSHD_HINT = (
@@ -384,12 +384,12 @@ def _hint(listener: Listener, holders: Sequence[str], *, believed: bool) -> str:
     names = {process.name for process in listener.processes}
     if not names:
         return "No process is shown: run this as root, or look for a kernel service (WireGuard, NFS)."
-    socket_activated = listener.port == _SSH_PORT and "systemd" in names
+    socket_activated = listener.port == PORT and "systemd" in names
     if "sshd" in names or any(unit in _SSH_UNITS for unit in holders) or socket_activated:
         return SSHD_HINT
-    if _DOCKER in holders or (believed and "docker-proxy" in names):
+    if DOCKER in holders or (believed and "docker-proxy" in names):
         return PUBLISHED_HINT
-    for name, unit in (("tailscaled", _TAILSCALED.unit), ("docker-proxy", _DOCKER)):
+    for name, unit in (("tailscaled", _TAILSCALED.unit), ("docker-proxy", DOCKER)):
         if name in names:
             return f"It calls itself {name} but is not the program of {unit}: find out what it is."
     units = list(dict.fromkeys(holders))

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quietport.sshd import PORT
+
 # Begins the comment of every rule of ours.
 MARK = "quietport: "
 DEFAULTS_FILE = "/etc/default/ufw"
@@ -39,7 +41,6 @@ WANTED = (
     Rule("allow in on tailscale0", "the tailnet may come in"),
     Rule("allow 41641/udp", "WireGuard, for direct paths"),
 )
-SSH_PORT = 22
 DEFAULTS = {"incoming": "deny", "outgoing": "allow", "routed": "deny"}
 KERNEL_POLICIES = {"allow": "ACCEPT", "deny": "DROP"}
 
@@ -48,7 +49,7 @@ def rules_for(break_glass: Sequence[str] = (), *, ipv6: bool = True) -> tuple[Ru
     """The rules of a host: ours, and one for each network of `break_glass`, if the host has its family."""
     networks = [ipaddress.ip_network(text) for text in break_glass]
     return WANTED + tuple(
-        Rule(f"allow from {_named(network)} to any port {SSH_PORT} proto tcp", "break-glass, ssh")
+        Rule(f"allow from {_named(network)} to any port {PORT} proto tcp", "break-glass, ssh")
         for network in networks
         if network.version == 4 or ipv6
     )
@@ -139,6 +140,11 @@ def changes(rules: Sequence[str], *, prune_foreign: bool, ours: Sequence[Rule] =
     return Changes(tuple(delete), tuple(add), tuple(prepend))
 
 
+def families(*, ipv6: bool) -> tuple[str, ...]:
+    """Those that a host has, as keys of the fact Ufw."""
+    return ("ipv4", "ipv6") if ipv6 else ("ipv4",)
+
+
 def other_policies(firewall: Mapping[str, Any], direction: str, policy: str, *, ipv6: bool) -> list[str]:
     """The families whose kernel does something else by default than an active ufw says, of what comes in.
 
@@ -147,14 +153,14 @@ def other_policies(firewall: Mapping[str, Any], direction: str, policy: str, *, 
     if direction != "incoming" or policy not in KERNEL_POLICIES or not firewall["active"]:
         return []
     policies = firewall.get("policies", {})
-    found = {family: policies.get(family, {}).get("INPUT") for family in ("ipv4", "ipv6")[: 2 if ipv6 else 1]}
+    found = {family: policies.get(family, {}).get("INPUT") for family in families(ipv6=ipv6)}
     return [family for family, now in found.items() if now not in (None, KERNEL_POLICIES[policy])]
 
 
 def lost_of(firewall: Mapping[str, Any], *, ipv6: bool) -> dict[str, list[str]]:
     """Family = our rules that the kernel has lost, of the families that this host has."""
-    families = ("ipv4", "ipv6")[: 2 if ipv6 else 1]
-    return {family: rules for family in families if (rules := firewall.get("lost", {}).get(family))}
+    lost = firewall.get("lost", {})
+    return {family: rules for family in families(ipv6=ipv6) if (rules := lost.get(family))}
 
 
 def stays_off(firewall: Mapping[str, Any]) -> bool:

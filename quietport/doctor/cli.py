@@ -14,6 +14,7 @@ from typing import Any
 
 from quietport.doctor import history, notify
 from quietport.doctor.checks import CHECKS
+from quietport.doctor.place import name_of
 from quietport.doctor.run import (
     FAST_S,
     SLOW_S,
@@ -26,7 +27,6 @@ from quietport.doctor.run import (
     text_of,
     utc_now,
 )
-from quietport.doctor.steps import name_of
 from quietport.errors import FINE, HostProgramError
 from quietport.hostfile import NOTIFY_COMMAND, host_settings
 from quietport.table import aligned

@@ -20,10 +20,10 @@ from quietport.doctor.model import Check, Finding
 from quietport.doctor.place import HERE, QUICK_S, Place, by_converge
 from quietport.errors import PROBLEM, HostProgramError, printable
 from quietport.processes import is_running
+from quietport.unit_names import CHAIN_UNIT
+from quietport.unit_names import DOCKER as SERVICE
 
 SOCKET = "/run/docker.sock"
-SERVICE = "docker.service"
-CHAIN_UNIT = "quietport-docker-user.service"
 MAX_BYTES = 16 << 20
 # Labels that compose gives its containers (docker/compose, pkg/api/labels.go).
 PROJECT, COMPOSE_SERVICE, ONE_OFF = (

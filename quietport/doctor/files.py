@@ -19,7 +19,7 @@ from quietport.doctor.place import HERE, Place, by_converge, names_of
 from quietport.errors import printable
 from quietport.hostfile import PRIVATE_FILES
 from quietport.secret_files import FILE_MODE, FOLDER_MODE
-from quietport.sshagent.names import AgentAccessError
+from quietport.sshagent.names import LINGER, AgentAccessError
 from quietport.sshagent.root import (
     MissingError,
     UnsafeError,
@@ -29,8 +29,6 @@ from quietport.sshagent.root import (
     open_root,
 )
 
-# systemd-logind keeps one file a user there (loginctl(1), enable-linger).
-LINGER = "/var/lib/systemd/linger"
 # An agent can make as many as it likes: neither the look nor the report is endless.
 MAX_FINDINGS = 20
 MAX_SESSIONS = 2000

@@ -14,8 +14,7 @@ from typing import Any
 from quietport import admission, opened
 from quietport.commands import is_installed, output_of
 from quietport.doctor.model import Check, Finding
-from quietport.doctor.place import QUICK_S, by_converge
-from quietport.doctor.steps import NOT_CONVERGED
+from quietport.doctor.place import NOT_CONVERGED, QUICK_S, by_converge
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_NETWORKS, read_bytes
 from quietport.ufw_rules import (
@@ -31,6 +30,7 @@ from quietport.ufw_rules import (
     past_ufw,
     reasons,
     rules_for,
+    stays_off,
 )
 
 _FAMILY = {4: "ipv4", 6: "ipv6"}
@@ -105,7 +105,7 @@ def judge(now: Seen, declared: Mapping[str, Any], *, by_hand: bool = False) -> l
         found.append(Finding("FAIL", "The firewall is not active: everybody reaches everything.", step))
     if not now.at_boot:
         found.append(Finding("FAIL", f"{SERVICE} is not started at boot.", f"`systemctl enable {SERVICE}`"))
-    if firewall["active"] and not firewall["enabled"]:
+    if stays_off(firewall):
         step = f"`sed -i 's/^ENABLED=.*/ENABLED=yes/' {CONFIG_FILE}`"
         found.append(Finding("FAIL", f"{CONFIG_FILE} says that it does not come back after a boot.", step))
     if firewall["active"]:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quietport.doctor.model import Check, Finding
-from quietport.doctor.place import LOOK_AGAIN
+from quietport.doctor.place import FOLDER, LATEST_NAME, LOOK_AGAIN
 from quietport.doctor.run import Row, moment_of, row, rows_of, unknown
 from quietport.errors import HostProgramError
 from quietport.hostfile import HostFileMissingError, read_json, write_atomic
 
-FOLDER = Path("/var/lib/quietport/doctor")
-LATEST = "latest.json"
 RUNS = "runs"
 KEPT = timedelta(days=30)
 # The timer is hourly.
@@ -33,7 +31,7 @@ _MODE = 0o640
 def latest(folder: Path = FOLDER) -> dict[str, Any] | None:
     """The last result that was kept; None while there is none. Raises HostProgramError."""
     try:
-        return read_json(folder / LATEST)
+        return read_json(folder / LATEST_NAME)
     except HostFileMissingError:
         return None
 
@@ -48,7 +46,7 @@ def keep(document: Mapping[str, Any], at: datetime, *, folder: Path = FOLDER) ->
     text = (json.dumps(document, indent=1) + "\n").encode()
     stamp = at.astimezone(UTC).strftime(_STAMP)
     write_atomic(folder / RUNS / f"{stamp}.json", text, mode=_MODE)
-    write_atomic(folder / LATEST, text, mode=_MODE)
+    write_atomic(folder / LATEST_NAME, text, mode=_MODE)
     prune(at, folder=folder)
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from quietport.commands import Done, run
-from quietport.doctor.history import FOLDER
+from quietport.doctor.place import FOLDER
 from quietport.doctor.run import State, text_of
 from quietport.errors import HostProgramError, printable
 from quietport.hostfile import HostFileError, HostFileMissingError, read_json, write_atomic

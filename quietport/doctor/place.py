@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quietport import commands
 from quietport.commands import Done
+from quietport.doctor.model import Finding
 from quietport.guard.machine import Machine, Runner
 
 # A program that takes longer hangs, also on a host that has just booted and is slow: its check has no answer.
 QUICK_S = 30.0
-# What the timer found last, as `quietport doctor --json` shows it.
-LATEST = "/var/lib/quietport/doctor/latest.json"
+# What the timer keeps; and what it found last, as `quietport doctor --json` shows it.
+FOLDER = Path("/var/lib/quietport/doctor")
+LATEST_NAME = "latest.json"
+LATEST = f"{FOLDER}/{LATEST_NAME}"
 # What looks again at what is slow, and writes it down.
 LOOK_AGAIN = "`systemctl start quietport-doctor.service`"
 
@@ -35,6 +39,14 @@ class Place(Machine):
 HERE = Place()
 # For what is slow: each command says itself how long it may take.
 PATIENT = Place(run=commands.run)
+
+
+NOT_CONVERGED = Finding("SKIP", "There is no /etc/quietport/host.json: no converge has been here.")
+
+
+def name_of(declared: Mapping[str, Any]) -> str:
+    """The host's name in hosts.toml; "this host" where no converge has been."""
+    return str(declared.get("name") or "this host")
 
 
 def by_converge(declared: Mapping[str, Any]) -> str:

@@ -11,13 +11,12 @@ from typing import Any
 from quietport import admission, opened, sshd, sshd_apply, sshd_follow
 from quietport.commands import output_of
 from quietport.doctor.model import Check, Finding
-from quietport.doctor.place import HERE, QUICK_S, by_converge
-from quietport.doctor.steps import NOT_CONVERGED
+from quietport.doctor.place import HERE, NOT_CONVERGED, QUICK_S, by_converge
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_SSHD
 from quietport.times import SHOW_START, newest, properties, read_at, stale
+from quietport.unit_names import UNIT_FOLDER
 
-_UNITS = Path("/etc/systemd/system")
 _SHOW_SOCKETS = ("systemctl", "show", "-p", "Names", "-p", "LoadState", "-p", "ActiveState", "--")
 # What sshd refuses is told by its first lines; a whole file of them helps nobody.
 _SAID = 300
@@ -33,7 +32,7 @@ def look_at_sockets(declared: Mapping[str, Any]) -> list[Finding]:
     plain = [name for name in sshd.SOCKETS if "@." not in name]
     shown = output_of([*_SHOW_SOCKETS, *plain, "ssh@*.socket", "sshd@*.socket"], timeout=QUICK_S)
     templates = [name for name in sshd.SOCKETS if "@." in name]
-    masked = {name for name in templates if _is_mask(_UNITS / name)}
+    masked = {name for name in templates if _is_mask(Path(UNIT_FOLDER, name))}
     links = [link for link in sshd.SOCKET_LINKS if Path(link).is_symlink()]
     return judge_sockets(shown, masked, links, declared)
 

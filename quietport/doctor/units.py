@@ -12,11 +12,9 @@ from quietport.doctor.model import Check, Finding
 from quietport.doctor.place import HERE, Place, by_converge, names_of
 from quietport.errors import HostProgramError, printable
 from quietport.hostfile import TIMERS
+from quietport.sshd import OURS
+from quietport.unit_names import BOOT_UNIT, FOLLOWER, UNIT_FOLDER
 
-FOLLOWER = "quietport-sshd-follow.service"
-AT_BOOT = "quietport-guard-boot.service"
-UNIT_FOLDER = "/etc/systemd/system"
-MARK = "# Written by quietport"
 _STATE = ("Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "NeedDaemonReload")
 _RESULT = ("Result", "ExecMainStatus")
 # What a timer is while it will run again (systemd.timer(5); timer-state in systemd's src/core).
@@ -31,13 +29,13 @@ def timers(declared: Mapping[str, Any], *, place: Place = HERE) -> list[Finding]
     if not names:
         return [Finding("SKIP", "No timer is declared here.")]
     services = [f"{name.removesuffix('.timer')}.service" for name in names]
-    asked = [*names, *services, FOLLOWER, AT_BOOT]
+    asked = [*names, *services, FOLLOWER, BOOT_UNIT]
     shown = place.show(*asked, properties=(*_STATE, *_RESULT))
     if len(shown) != len(asked):
         raise HostProgramError("systemctl show does not answer for each unit.")
     states = dict(zip(asked, shown, strict=True))
     found: list[Finding] = []
-    for name in (*names, FOLLOWER, AT_BOOT):
+    for name in (*names, FOLLOWER, BOOT_UNIT):
         found += _enabled(name, states[name], declared)
     for name in services:
         found += _last_run(name, states[name])
@@ -65,7 +63,7 @@ def marked_timers(folder: Path) -> list[str]:
             first = file.open(errors="replace").readline()
         except OSError:
             continue
-        if first.startswith(MARK):
+        if first.startswith(OURS):
             found.append(file.name)
     return found
 
@@ -93,7 +91,7 @@ def _enabled(name: str, state: Shown, declared: Mapping[str, Any]) -> Iterable[F
         yield Finding("FAIL", f"{name} is masked.", step)
     elif load != "loaded":
         yield Finding("FAIL", f"{name} is {load or 'unknown'}.", by_converge(declared))
-    elif name == AT_BOOT:
+    elif name == BOOT_UNIT:
         if enabled != "enabled":
             yield Finding("FAIL", f"{name} is {enabled or 'not enabled'}.", f"`systemctl enable {name}`.")
     elif enabled != "enabled" or active != "active":

@@ -15,10 +15,10 @@ from quietport.errors import HostProgramError, printable
 from quietport.guard import files, scope, state
 from quietport.guard.machine import GuardError, Machine, to_journal
 from quietport.guard.state import Armed
+from quietport.unit_names import BOOT_UNIT
 
 MIN_S, DEFAULT_S, MAX_S = 10, 120, 3600
 OVER = ("tailnet", "any")
-BOOT_UNIT = "quietport-guard-boot.service"
 # What a full disk shall still have room for when it comes to a rollback.
 BALLAST_BYTES = 1 << 20
 # A rollback that fails or is killed is begun again, this often.

@@ -16,11 +16,12 @@ from quietport.guard.files import Entry
 from quietport.guard.machine import GuardError, Log, Machine
 from quietport.guard.scope import Observed, Unit
 from quietport.guard.state import Armed
+from quietport.unit_names import UNIT_FOLDER
 
 LISTEN_S = 20.0
 SETTLE_S = 1.0
 _TRIES = 2
-_OF_SSHD = ("/etc/ssh/", f"{scope.UNIT_FOLDER}/ssh")
+_OF_SSHD = ("/etc/ssh/", f"{UNIT_FOLDER}/ssh")
 
 
 def roll_back(machine: Machine, token: str | None, *, why: str, log: Log) -> bool | None:

@@ -13,10 +13,10 @@ from quietport.guard.files import Entry, Keep
 from quietport.guard.firewall import Firewall
 from quietport.guard.machine import GuardError, Machine
 from quietport.net import TAILNET_INTERFACE, in_tailnet_ranges, parse_address, parse_interfaces
+from quietport.unit_names import UNIT_FOLDER
 
 SCHEMA = 1
 UFW_UNIT = "ufw.service"
-UNIT_FOLDER = "/etc/systemd/system"
 # sshd.service is the alias that Debian's ssh.service has.
 LINKED = (sshd.UNIT, "sshd.service", *sshd.SOCKETS, UFW_UNIT)
 

@@ -14,6 +14,8 @@ EVIDENCE_PROGRAM = f"{PROGRAM}-ttl-evidence"
 KEY_VARIABLE = "OPENCLAW_SSH_PRIVATE_KEY"
 SESSION_VARIABLE = "CODEX_OPENCLAW_SSH_AGENT_SESSION"
 SCHEMA = 1
+# systemd-logind keeps one file a user there (loginctl(1), enable-linger).
+LINGER = "/var/lib/systemd/linger"
 # The wrapper's own failure, as of timeout(1) and env(1): a command's exit status is rarely 125.
 FAILED = 125
 DEFAULT_TTL_S = 30 * 60

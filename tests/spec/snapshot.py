@@ -1,8 +1,7 @@
 """What a host is asked all at once before its first spec, so that a spec costs no round trip.
 
 What the specs read and is not here is asked for by itself, later and one by one. `QUESTIONS` and
-`facts_of` are held against the specs by tests/unit/test_spec_snapshot.py; `AFTERWARDS` is what can be asked
-only when another answer is there.
+`facts_of` are held against the specs by tests/unit/test_spec_snapshot.py.
 """
 
 from __future__ import annotations
@@ -32,30 +31,23 @@ from facts.system import System
 from facts.tailnet import Tailnet
 from facts.ufw import Ufw
 from facts.units import Units
-from operations.agent_access import LINGER, STATE
+from operations.agent_access import STATE
 from operations.programs import LAUNCHER, ZIPAPP
-from quietport.guard.arming import BOOT_UNIT
+from quietport.doctor.place import LATEST
+from quietport.sshagent.names import LINGER
 from quietport.sshd import ASKED_FROM, SOCKETS
+from quietport.unit_names import BOOT_UNIT, FOLLOWER
 from tests.spec.reading import UNIT, line_of
 
 NEEDED = ("ufw", "openssh-server", "tailscale", "python3", "unattended-upgrades")
-FOLLOWER = "quietport-sshd-follow.service"
 SOURCES = "/etc/apt/sources.list.d/tailscale.sources"
 KEYRING = "/etc/apt/keyrings/tailscale.gpg"
 REPORT = "/var/lib/quietport/ports.json"
-DOCTORS_LATEST = "/var/lib/quietport/doctor/latest.json"
 # What Docker leaves to us, and the one that stands while Docker rearranges its own rules.
 CHAINS = (("filter", "DOCKER-USER"), ("mangle", "QUIETPORT-FORWARD"))
 FAMILIES = ("iptables", "ip6tables")
 
 Question = tuple[str, ...]
-# The doctor once more, by itself.
-AGAIN = "quietport doctor --json 2>/dev/null; echo $?"
-# Asked only when another answer is known.
-AFTERWARDS = (
-    "docker ps -q | xargs -r docker inspect -f '{{json .NetworkSettings.Networks}}'",
-    AGAIN,
-)
 QUESTIONS: tuple[Question, ...] = (
     ("apt-cache policy tailscale openssh-server",),
     ("apt-config dump APT::Periodic",),
@@ -72,7 +64,6 @@ QUESTIONS: tuple[Question, ...] = (
     *((f"{program} -t {table} -S {chain}",) for program in FAMILIES for table, chain in CHAINS),
     *((f"{program} -t {table} -S FORWARD",) for program in FAMILIES for table, _ in CHAINS),
     ("quietport docker-user --check; echo $?",),
-    ("quietport doctor --json; echo $?",),
     (f"{LAUNCHER} --help",),
     *((f"{path} --version",) for path in LAUNCHERS),
     ("stat -c %s /usr/sbin /usr/bin /dev / /var/lib", "%U"),
@@ -120,7 +111,7 @@ def facts_of(settings: HostSettings) -> Iterator[tuple[Any, ...]]:
         yield Units, [unit]
     yield Units, list(SOCKETS)
     yield Units, [f"{unit}.timer" for unit in sorted(_timers(settings))]
-    texts = (*LAUNCHERS, DAEMON_JSON, HOST_JSON, SOURCES, REPORT, DOCTORS_LATEST)
+    texts = (*LAUNCHERS, DAEMON_JSON, HOST_JSON, SOURCES, REPORT, LATEST)
     yield from ((FileText, path) for path in texts)
     yield from ((FileState, path) for path in _paths(settings))
 
@@ -131,7 +122,7 @@ def _paths(settings: HostSettings) -> Iterable[str]:
     folders = {str(PurePosixPath(path).parent) for path in settings.secrets}
     lingering = [f"{LINGER}/{user}" for user in settings.agents]
     sessions = [f"{root}/sessions" for root in roots]
-    files = (*LAUNCHERS, LAUNCHER, ZIPAPP, KNOWN_HOSTS, KEYRING, REPORT, DOCTORS_LATEST)
+    files = (*LAUNCHERS, LAUNCHER, ZIPAPP, KNOWN_HOSTS, KEYRING, REPORT, LATEST)
     directories = (path for path, _ in DIRECTORIES)
     ours = (*files, *directories, *folders, *settings.secrets)
     return (*ours, *homes, *roots, *sessions, *lingering)

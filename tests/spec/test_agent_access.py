@@ -6,7 +6,8 @@ from control.settings import HostSettings
 from deploys.agent_access import KNOWN_HOSTS, LAUNCHERS
 from facts.files import FileState, FileText
 from facts.sessions import Sessions
-from operations.agent_access import LINGER, STATE
+from operations.agent_access import STATE
+from quietport.sshagent.names import LINGER
 from tests.spec.reading import Reading
 
 

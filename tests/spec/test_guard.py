@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from facts.guard import Guard
 from facts.units import Units
-from quietport.guard.arming import BOOT_UNIT
+from quietport.unit_names import BOOT_UNIT
 from tests.spec.reading import Reading
 
 

@@ -16,8 +16,8 @@ from facts.system import System
 from facts.tailnet import Tailnet
 from facts.units import Units
 from quietport.sshd import ASKED_FROM, DROP_IN, PORT, SOCKETS, public_listeners, with_addresses
+from quietport.unit_names import FOLLOWER
 from tests.spec.reading import Reading
-from tests.spec.snapshot import FOLLOWER
 from tests.spec.test_timers import MOST_EXPOSED
 
 LOGIN_TIMEOUT_S = 60

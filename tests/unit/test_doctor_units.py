@@ -30,7 +30,7 @@ def world(tmp_path: Path) -> World:
             "ActiveState": "inactive",
             "UnitFileState": "static",
         }
-    world.units[units.AT_BOOT] = {"ActiveState": "inactive"}
+    world.units[units.BOOT_UNIT] = {"ActiveState": "inactive"}
     return world
 
 
@@ -59,7 +59,7 @@ def test_all_is_well_and_one_question_is_enough(world: World) -> None:
         ),
         (f"{REPORT}.service", {"LoadState": "masked"}, f"systemctl unmask {REPORT}.service"),
         (units.FOLLOWER, {"ActiveState": "failed"}, f"systemctl enable --now {units.FOLLOWER}"),
-        (units.AT_BOOT, {"UnitFileState": "disabled"}, f"systemctl enable {units.AT_BOOT}"),
+        (units.BOOT_UNIT, {"UnitFileState": "disabled"}, f"systemctl enable {units.BOOT_UNIT}"),
     ],
 )
 def test_what_is_not_as_declared(world: World, name: str, state: dict[str, str], typed: str) -> None:
