@@ -13,7 +13,7 @@ LAB := $(PY) -m lab
 help:
 	@echo "make demo [TARGET=vm]  a blank host becomes private, before your eyes"
 	@echo "make test              lint, types, unit, fixtures, end to end (CI=true: nothing is skipped)"
-	@echo "make test-all          the same, the VM with Debian 12, each variant alone on it, the guard's stories, the lockout matrix"
+	@echo "make test-all          the same, the plain VM with Debian 12, and each variant alone on Debian 12"
 	@echo "make kills N= SEED=    the converge killed N times, and what came of each host"
 	@echo "make chaos FAULTS= SEED=  faults while the operator could be locked out, and what came of each"
 	@echo "make lab-up, lab-down  a blank target to try things on, and its end"
@@ -34,7 +34,7 @@ types: venv
 	.venv/bin/mypy
 
 unit: venv
-	env -u QUIETPORT_HOSTS .venv/bin/pytest -q -n 2 tests/unit
+	env -u QUIETPORT_HOSTS .venv/bin/pytest -q -n 4 tests/unit
 
 # Apart from the unit tests: pyinfra's command line, which these load, patches the standard library.
 fixtures: venv

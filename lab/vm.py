@@ -31,7 +31,7 @@ IMAGES = Path("/var/lib/libvirt/images")
 SNAPSHOT = "lab"
 
 # nice(2) of an emulated VM: it is slower than anything else that runs here, and is waited for longest.
-HURRY = -5
+HURRY = -10
 
 # Seconds. Emulation on two busy cores is slow, and a wait that is too short costs a whole run.
 UP_TIMEOUT = 1800

@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lab.up import Wanted
 from tests.lab import record, table, variants
 from tests.lab.ailments import Patient
 from tests.lab.checks import CHECKS
+from tests.lab.drifts import drifted
 from tests.lab.guarded import Guarded
 from tests.lab.lockout import campaign_of_ci
 from tests.lab.own import FAILED, Waits, own_lab
@@ -38,15 +39,6 @@ BLANK = {
 if in_test_all():
     BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
 STORIES = {**BLANK, **variants.STORIES}
-# On two processors, one of which emulates a VM all the time, a run with them takes longer than it may.
-if not in_test_all():
-    collect_ignore = [
-        "test_follow.py",
-        "test_guard_host.py",
-        "test_lockout.py",
-        "test_power.py",
-        "test_ways.py",
-    ]
 # Mostly waits, in this order; they begin with test_outer_faults.py (own.py).
 WAITING = ("test_follow.py", "test_guard_host.py", "test_ways.py", "test_doctor.py", "test_lockout.py")
 # The end of a failure, which is where the reason is; the summary has all of it.
@@ -233,7 +225,7 @@ def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
     told: dict[str, Tale] = {}
     for name in wanted:
         if in_ci() or not _missing(_kind(name)):
-            told[name] = _tell(name, told)
+            told[name] = _tell(name, told, request.session.items)
     TELLING.update(told)
     stories = Stories(told, set())
     request.session.stash[STORIES_TOLD] = stories
@@ -252,10 +244,12 @@ def _stories_begin(stories: Stories) -> None:
     """Before the first test, whatever it is about."""
 
 
-def _tell(name: str, told: Mapping[str, Tale]) -> Tale:
+def _tell(name: str, told: Mapping[str, Tale], items: Sequence[pytest.Item]) -> Tale:
     """Begin a story. One of hosts that are not blank waits for its turn (see above)."""
     if name in BLANK:
-        return tell(name, STORIES[name])
+        drifts = any(Path(item.path).name == "test_drift.py" and _told_of(item) == name for item in items)
+        # A VM's belong to its turn: two that are emulated would take all that this machine has.
+        return tell(name, STORIES[name], then=_tell_drifts if drifts and _kind(name) == "vm" else None)
     before = [tale.chapters for other, tale in told.items() if _kind(other) == _kind(name)]
 
     def turn() -> None:
@@ -265,6 +259,10 @@ def _tell(name: str, told: Mapping[str, Tale]) -> Tale:
             ROOM.wait()
 
     return variants.tell(name, STORIES[name], checks=CHECKS, turn=turn)
+
+
+def _tell_drifts(tale: Tale) -> None:
+    drifted(tale).story.wait()
 
 
 @pytest.fixture

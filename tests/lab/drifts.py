@@ -373,7 +373,7 @@ class Drifted:
     story: Chapters = field(init=False)
 
     def begin(self) -> Drifted:
-        """Tell it in the background."""
+        """Tell it in the background, once the tale itself is told to its last look at the hosts."""
         self.story = Chapters(self._chapters(), name=f"drift, {self.tale.chapters.name}").start()
         return self
 
@@ -438,3 +438,14 @@ class Drifted:
             lines = fingerprint.differences(self.before[name], after)
             found[name] = [line for line in lines if not line.startswith(leaves)]
         return found
+
+
+_BEGUN: dict[str, Drifted] = {}
+
+
+def drifted(tale: Tale) -> Drifted:
+    """What is told of a tale's hosts after its end, in the background from the first time it is asked for."""
+    name = tale.chapters.name
+    if name not in _BEGUN:
+        _BEGUN[name] = Drifted(tale).begin()
+    return _BEGUN[name]

@@ -33,6 +33,8 @@ class OnHost:
 
     lab: Lab
     name: str
+    user: str = "root"
+    """Who logs in unless another is named."""
 
     @property
     def target(self) -> Target:
@@ -68,16 +70,16 @@ class OnHost:
         """Where sshd listens, sorted."""
         return sorted(self.inside("ss -Hlnt 'sport = :22' | awk '{print $4}'").split())
 
-    def ssh_argv(self, address: str, *options: str, user: str = "root") -> list[str]:
+    def ssh_argv(self, address: str, *options: str, user: str = "") -> list[str]:
         """OpenSSH's own client, to an address of the tailnet, or a public one."""
         proxy = f"ProxyCommand={self.tailnet.proxy_command}"
         argv = ["ssh", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"]
         argv += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=15"]
         argv += ["-i", str(keys.operator_key(self.lab.run)), "-o", "IdentitiesOnly=yes", *options]
         argv += [] if address == self.target.public_ip else ["-o", proxy]
-        return [*argv, f"{user}@{address}"]
+        return [*argv, f"{user or self.user}@{address}"]
 
-    def login(self, address: str, command: str, *options: str, user: str = "root") -> Done:
+    def login(self, address: str, command: str, *options: str, user: str = "") -> Done:
         """Log in anew, run a command."""
         return run([*self.ssh_argv(address, *options, user=user), command], timeout=LOGIN_TIMEOUT_S)
 

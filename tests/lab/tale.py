@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,6 @@ from typing import Any
 from lab import targets
 from lab.aptrepo import AptRepo
 from lab.up import Wanted
-from tests.lab.onhost import OnHost
-from tests.lab.power import Ended, Power
 from tests.lab.published import Published, publish
 from tests.lab.story import (
     SECRET_PATH,
@@ -22,13 +20,10 @@ from tests.lab.story import (
     Hosts,
     Lab,
     Place,
-    in_test_all,
     reachable,
 )
 
 RETURN_TIMEOUT_S = 900
-# The story whose machine also goes down under a guard.
-OF_POWER = "vm"
 # All hosts of a story share two processors, or are emulated: what takes a minute may take five.
 GUARD_TIMEOUT_S = 900
 
@@ -77,10 +72,6 @@ class Tale:
             self.hosts.ssh(name, "systemctl start quietport-report.service quietport-doctor.service").ok()
         self.published = {name: publish(self.hosts, self.lab.target(name)) for name in self.names}
 
-    def power(self) -> Mapping[str, Ended]:
-        """What comes of a guard when its machine goes down; a container has none of its own."""
-        return Power(OnHost(self.lab, self.names[0])).run()
-
     def restart(self) -> None:
         """Reboot every host, and wait until sshd answers on the tailnet again."""
         before = {name: self._boot(name) for name in self.names}
@@ -105,8 +96,8 @@ class Tale:
         raise AssertionError(f"{name} did not come back on the tailnet: {last.text[-2000:] if last else ''}")
 
 
-def tell(word: str, wanted: Sequence[Wanted]) -> Tale:
-    """Begin a story in the background."""
+def tell(word: str, wanted: Sequence[Wanted], *, then: Callable[[Tale], None] | None = None) -> Tale:
+    """Begin a story in the background; `then` is its last chapter, and leaves the hosts as it found them."""
     tale = Tale(Lab.new(word.replace("_", "-")), wanted)
     tale.chapters = Chapters(
         [
@@ -119,11 +110,11 @@ def tell(word: str, wanted: Sequence[Wanted]) -> Tale:
             ("closed", tale.public_side),
             ("spec", lambda: tale.hosts.spec()),
             ("again", lambda: tale.hosts.apply()),
-            *([("power", tale.power)] if in_test_all() and word == OF_POWER else []),
             ("publish", tale.publish),
             ("restart", tale.restart),
             ("closed again", tale.public_side),
             ("spec again", lambda: tale.hosts.spec()),
+            *([("then", lambda: then(tale))] if then else []),
         ],
         name=word,
     ).start()

@@ -1,7 +1,7 @@
 """Changes by hand are found by a plan, named, and repaired by one converge that touches nothing else.
 
 The changes are in tests/lab/drifts.py. In the fleet's containers each host has some of them, at the same
-time; with `make test-all` the VM has all of them at once.
+time; the VM has all of them at once.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.lab.drifts import (
     changed_by,
     unclaimed,
 )
+from tests.lab.drifts import drifted as drifted_by
 from tests.lab.record import plain
-from tests.lab.story import Applied, Done, canary, in_test_all
+from tests.lab.story import Applied, Done, canary
 from tests.lab.tale import Tale
 
-# An emulated VM takes a quarter of an hour for it.
-TOLD_BY = ("fleet", "vm") if in_test_all() else ("fleet",)
+TOLD_BY = ("fleet", "vm")
 DEPENDS = "depends on an earlier change"
 # What a rule and a drop-in of somebody else show in, until they are taken away.
 FOREIGN_SHOWS = (
@@ -40,16 +40,12 @@ FOREIGN_SHOWS = (
     f"file {FOREIGN_DROP_IN.rpartition('/')[0]}:",
     f"path {FOREIGN_DROP_IN.rpartition('/')[0]}:",
 )
-BEGUN: dict[str, Drifted] = {}
 
 
 @pytest.fixture
 def drifted(tale: Tale) -> Drifted:
-    """What is told of a story's hosts after its end, in the background from the first test on."""
-    name = tale.chapters.name
-    if name not in BEGUN:
-        BEGUN[name] = Drifted(tale).begin()
-    return BEGUN[name]
+    """What is told of a story's hosts after its end."""
+    return drifted_by(tale)
 
 
 def test_a_converged_host_has_nothing_to_report(drifted: Drifted) -> None:

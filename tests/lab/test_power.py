@@ -6,7 +6,8 @@ import pytest
 
 from tests.lab.power import FAULTS
 from tests.lab.record import record
-from tests.lab.tale import OF_POWER, Tale
+from tests.lab.tale import Tale
+from tests.lab.variants import OF_POWER
 
 TOLD_BY = (OF_POWER,)
 
