@@ -39,7 +39,7 @@ BLANK = {
 if in_test_all():
     BLANK["vm_bookworm"] = (Wanted.of("vm", "bookworm"),)
 STORIES = {**BLANK, **variants.STORIES}
-# Mostly waits, in this order; they begin with test_outer_faults.py (own.py).
+# Mostly waits, in this order (own.py).
 WAITING = ("test_follow.py", "test_guard_host.py", "test_ways.py", "test_doctor.py", "test_lockout.py")
 # The end of a failure, which is where the reason is; the summary has all of it.
 AT_ONCE_LINES = 40
@@ -239,8 +239,20 @@ def stories(request: pytest.FixtureRequest) -> Iterator[Stories]:
             tale.lab.down()
 
 
+@pytest.fixture(scope="session")
+def background(stories: Stories, request: pytest.FixtureRequest) -> Iterator[Waits]:
+    """What is told beside other tests. The lockout matrix takes longest, and begins with the stories."""
+    waits = Waits(request.session)
+    try:
+        if in_ci() or not _missing("container"):
+            waits.begin("lockout", campaign_of_ci)
+        yield waits
+    finally:
+        waits.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _stories_begin(stories: Stories) -> None:
+def _stories_begin(background: Waits) -> None:
     """Before the first test, whatever it is about."""
 
 
@@ -311,17 +323,12 @@ def blank(
 
 
 @pytest.fixture(scope="session")
-def waits(stories: Stories, request: pytest.FixtureRequest, needs_containers: None) -> Iterator[Waits]:
-    """What mostly waits, in the background: begun here, whichever of it is asked for first."""
-    waits = Waits(request.session)
-    try:
-        waits.begin("guarded", Guarded.begun)
-        waits.begin("ways", Ways.begun)
-        waits.begin("patient", Patient.begun)
-        waits.begin("lockout", campaign_of_ci)
-        yield waits
-    finally:
-        waits.close()
+def waits(background: Waits, needs_containers: None) -> Waits:
+    """What mostly waits, in the background: the rest of it begins here, whichever is asked for first."""
+    background.begin("guarded", Guarded.begun)
+    background.begin("ways", Ways.begun)
+    background.begin("patient", Patient.begun)
+    return background
 
 
 @pytest.fixture(scope="session")

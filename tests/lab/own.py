@@ -1,7 +1,8 @@
 """Labs that belong to one module of tests, and those of them that are told beside other tests.
 
-Lockout, guard, follower and the other ways in are mostly waits: they begin together, with the faults around
-the host, and are asked for when everything else that needs this thread is done.
+Lockout, guard, follower, the other ways in and the doctor are mostly waits: the lockout matrix begins with
+the stories, the others with the faults around the host; they are asked for when everything else that needs
+this thread is done.
 """
 
 from __future__ import annotations
