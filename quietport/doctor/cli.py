@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
+from quietport.converging import converging
 from quietport.doctor import history, notify
 from quietport.doctor.checks import CHECKS
 from quietport.doctor.place import name_of
@@ -31,6 +32,8 @@ from quietport.errors import FINE, HostProgramError
 from quietport.hostfile import NOTIFY_COMMAND, host_settings
 from quietport.table import aligned
 
+# What a converge has done half of is no news.
+AT_WORK = "A converge is at work here: whether the state has changed is told by a run after it."
 # What was looked at within that time of the report needs no time of its own.
 _MOMENT = timedelta(minutes=1)
 
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> int:
     if os.geteuid() != 0:
         raise HostProgramError("only root sees enough of the host; run it with sudo.")
     declared = host_settings()
+    at_work = options.record and converging()
     at = utc_now()
     rows = everything(declared) if options.record else now(declared, at)
     document = report(rows, at)
@@ -63,7 +67,10 @@ def main(argv: list[str]) -> int:
     if not options.record:
         return exit_code(state)
     command = [str(word) for word in declared.get(NOTIFY_COMMAND) or []]
-    said = notify.if_changed(command, state, text, name=name_of(declared), at=at)
+    if at_work or converging():
+        said = AT_WORK if command else ""
+    else:
+        said = notify.if_changed(command, state, text, name=name_of(declared), at=at)
     if said and not options.json:
         print(said)
     return FINE

@@ -293,6 +293,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(cli, "CHECKS", told)
     monkeypatch.setattr(cli, "host_settings", lambda: declared)
     monkeypatch.setattr(cli.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(cli, "converging", lambda: False)
     folder = tmp_path / "doctor"
     for module, name in ((history.keep, "folder"), (history.told, "folder"), (notify.if_changed, "folder")):
         monkeypatch.setitem(module.__kwdefaults__, name, folder)
@@ -327,6 +328,21 @@ def test_the_timer_keeps_it_and_ends_well(host: Path, capsys: pytest.CaptureFixt
     assert "listeners: `mend it`" in out
     assert quietport_cli.main(["doctor", "--record", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "fail"
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_nobody_is_told_of_what_a_converge_has_done_half_of(
+    host: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], when: str
+) -> None:
+    seen = iter([when == "before", when == "during"])
+    monkeypatch.setattr(cli, "converging", lambda: next(seen))
+    assert quietport_cli.main(["doctor", "--record"]) == 0
+    assert cli.AT_WORK in capsys.readouterr().out
+    assert json.loads((host / "latest.json").read_text())["state"] == "fail"
+    assert not (host / notify.NOTIFIED).exists()
+    monkeypatch.setattr(cli, "converging", lambda: False)
+    assert quietport_cli.main(["doctor", "--record"]) == 0
+    assert "notify_command was told: vps1: never looked -> fail" in capsys.readouterr().out
 
 
 def test_a_result_that_cannot_be_kept_is_an_error(host: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import signal
@@ -19,6 +20,7 @@ from control.lock import HostLock, LockError, fenced
 from control.reach import open_session
 from control.session import Session
 from facts.controller import Controller
+from quietport.converging import converging
 from tests.unit.control_sshd import NEEDS_ROOT, Operator, Relay, Server
 
 pytestmark = NEEDS_ROOT
@@ -79,6 +81,30 @@ def test_a_free_lock_is_taken_and_given_back(session: Session, place: Path) -> N
     assert seen() == Controller.default()
     HostLock.take(session, say=said.append).release()
     assert said == []
+
+
+def test_the_host_knows_that_a_controller_is_at_work(session: Session, place: Path) -> None:
+    assert not converging(place), "nobody was here since the boot"
+    held = HostLock.take(session)
+    assert converging(place)
+    held.release()
+    wait_until_free()
+    left = sorted(file.name for file in place.iterdir())
+    assert not converging(place)
+    # It has neither made anything nor taken the lock away from the next one.
+    assert sorted(file.name for file in place.iterdir()) == left
+    HostLock.take(session).release()
+
+
+def test_what_cannot_be_looked_at_counts_as_work(tmp_path: Path) -> None:
+    (tmp_path / "lock.mutex").touch()
+    assert not converging(tmp_path)
+    with (tmp_path / "lock.mutex").open() as mutex:
+        fcntl.flock(mutex, fcntl.LOCK_EX)
+        assert converging(tmp_path)
+    assert not converging(tmp_path)
+    (tmp_path / "lock").symlink_to(tmp_path / "lock.mutex")
+    assert converging(tmp_path)
 
 
 def test_the_second_controller_is_refused_with_who_and_since_when(
