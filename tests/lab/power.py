@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lab import targets, vm
+from lab.process import LabError
 from tests.lab.onhost import ARMED, CHANGE, CHANGED, OnHost, waited
 from tests.lab.story import reachable
 
@@ -67,10 +68,17 @@ class Power:
                 if not left:
                     return Ended("", f"{TRIES} times: {error}")
             except Exception as error:
-                return Ended("", f"{type(error).__name__}: {error}")
+                return Ended("", f"{type(error).__name__}: {error}\n{self._told()}")
             finally:
                 targets.restore(self.host.lab.run, self.host.target)
         raise AssertionError("not reached")
+
+    def _told(self) -> str:
+        """What the host wrote of its guard, which goes with the next restore."""
+        try:
+            return self.host.inside("journalctl --no-pager -o short-monotonic -t quietport-guard -n 40")
+        except LabError as error:
+            return str(error)
 
     def _tried(self, fault: Callable[[Power], str]) -> str:
         """Let the fault come; what the host says of its end."""
