@@ -28,6 +28,8 @@ from control.settings import HostSettings
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 REDIALS = 3
+# What tailscaled calls itself where it answers port 22 itself (tailscale/tailscale, ssh/tailssh).
+TAILSCALE_SSH = "SSH-2.0-Tailscale"
 _SILENCE_MS = 60_000
 _MAC_TCP_RXT_CONNDROPTIME = 0x80
 _MAC_TCP_KEEPALIVE = 0x10
@@ -187,7 +189,11 @@ def _with_password(
         if line.transport.is_authenticated():
             return LoggedIn(line, "password")
     raise _refused(
-        route, keys, accepts or _accepted_methods(line.transport, route), password=password is not None
+        route,
+        keys,
+        accepts or _accepted_methods(line.transport, route),
+        password=password is not None,
+        version=line.transport.remote_version,
     )
 
 
@@ -202,7 +208,17 @@ def _accepted_methods(transport: paramiko.Transport, route: Route) -> list[str]:
     return ["none"]
 
 
-def _refused(route: Route, keys: login.Keys, accepts: list[str], *, password: bool = False) -> ReachError:
+def _refused(
+    route: Route, keys: login.Keys, accepts: list[str], *, password: bool = False, version: str = ""
+) -> ReachError:
+    """`version` is what the server calls itself in its first line (RFC 4253, 4.2)."""
+    if version.startswith(TAILSCALE_SSH):
+        # It asks the tailnet's policy, and no key of the host's.
+        return ReachError(
+            f"{route.name}: Tailscale SSH answered at {route.where} instead of sshd, and refused the login "
+            f"of {route.user}.",
+            hint="Run `tailscale set --ssh=false` on the host, over another way or the provider's console.",
+        )
     tried = [label for label, _ in keys.offers] + (["login_password"] if password else [])
     words = f"{route.name}: {route.where} refused the login of {route.user}"
     words += f" (tried: {', '.join(tried)})" if tried else " (no key found to try)"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from control.dial import NoAnswer
+from control.dial import TAILSCALE_SSH, NoAnswer
 from control.errors import QuietportError, ReachError
 from control.reach import open_session
 from control.session import Session
@@ -124,7 +124,7 @@ def _new_login(name: str, addresses: Sequence[str] | None) -> Session:
 
 def _require_sshd(session: Session) -> None:
     """Raises ReachError unless the session descends from sshd, and from no tailscaled on the way."""
-    if session.server_version.startswith("SSH-2.0-Tailscale"):
+    if session.server_version.startswith(TAILSCALE_SSH):
         raise _tailscale_ssh(session)
     answer = session.run(_ANCESTORS, timeout=PROOF_TIMEOUT_S)
     programs = [

@@ -9,8 +9,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import paramiko
 import pytest
 
 from control import dial, state
@@ -47,6 +49,54 @@ def opened(**how: object) -> Session:
     session = open_session("vps1", **how)  # type: ignore[arg-type]
     session.close()
     return session
+
+
+class RefusesKeys(paramiko.ServerInterface):
+    """A server that wants a key, and takes none."""
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "publickey"
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+        return paramiko.AUTH_FAILED
+
+
+@contextmanager
+def calling_itself(version: str, directory: Path) -> Iterator[int]:
+    """The port of an SSH server with that first line, which refuses every key."""
+    key = keygen(directory / "other_host_key")
+    host_key = paramiko.Ed25519Key.from_private_key_file(str(key))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    transport = paramiko.Transport(listener.accept()[0])
+                    transport.local_version = version
+                    transport.add_server_key(host_key)
+                    with suppress(paramiko.SSHException, EOFError):
+                        transport.start_server(server=RefusesKeys())
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("version", "sentence", "step"),
+    [
+        ("SSH-2.0-Tailscale", "Tailscale SSH answered at ", "tailscale set --ssh=false"),
+        ("SSH-2.0-OpenSSH_10.0", "refused the login of root (tried: ", "Correct user or identity_file"),
+    ],
+)
+def test_who_refuses_a_login_is_told_apart(
+    operator: Operator, tmp_path: Path, version: str, sentence: str, step: str
+) -> None:
+    with calling_itself(version, tmp_path) as port:
+        operator.host(port=port)
+        with pytest.raises(ReachError) as refused:
+            opened()
+    assert sentence in str(refused.value)
+    assert step in str(refused.value)
 
 
 # --- the way ---
