@@ -19,7 +19,7 @@ from typing import Any
 
 from lab import faults
 from tests.lab.interrupt import Converge
-from tests.lab.onhost import CHANGE, CHANGED, ROLLBACK_S, OnHost, waited
+from tests.lab.onhost import CHANGE, CHANGED, NOT_LATE, ROLLBACK_S, STARTS, OnHost, late, waited
 from tests.lab.story import Chapters, Hosts, Lab, reachable, watched
 from tests.lab.untouched import changes, ssh_and_firewall
 
@@ -34,22 +34,6 @@ QUICK: Mapping[str, Any] = {"docker_source": "none", "secrets": {}}
 # Of the host whose converge is killed, which then waits for it.
 GUARD_TIMEOUT_S = 60
 JOIN = "tailscale up --login-server={server} --auth-key={key} --hostname={name} --force-reauth --timeout=60s"
-# tailscaled's start fails twice, and the third waits until a minute after the boot.
-LATE = """mkdir -p /etc/systemd/system/tailscaled.service.d
-cat > /etc/systemd/system/tailscaled.service.d/late.conf <<'END'
-[Service]
-TimeoutStartSec=180
-ExecStartPre=/root/late
-END
-cat > /root/late <<'END'
-#!/bin/sh
-echo . >> /run/starts
-[ $(wc -l < /run/starts) -gt 2 ] || exit 1
-age=$(ps -o etimes= -p 1)
-[ $age -ge 60 ] || sleep $((60 - age))
-END
-chmod 755 /root/late
-"""
 # Away with all that is ours but the drop-in's ListenAddress lines; what Debian's unit says of sshd stays.
 UNFOLLOWED = """systemctl disable --now quietport-sshd-follow.service quietport-sshd-follow-once.timer
 mv /etc/systemd/system/ssh.service.d/10-quietport.conf /root/
@@ -250,7 +234,7 @@ class Guarded:
         join = JOIN.format(server=host.tailnet.login_server, key=key, name=host.name)
         # Its node is deleted while it is down: it joins anew as soon as tailscaled has started.
         host.inside(
-            f"{LATE}printf '[Service]\\nExecStartPost=-/bin/sh -c \"(sleep 1; {join}) &\"\\n' "
+            f"{late(60)}printf '[Service]\\nExecStartPost=-/bin/sh -c \"(sleep 1; {join}) &\"\\n' "
             ">> /etc/systemd/system/tailscaled.service.d/late.conf; systemctl daemon-reload"
         )
         host.tailnet.delete_node(host.name)
@@ -263,8 +247,8 @@ class Guarded:
         )
         host.comes_to_answer(host.addresses()[0], within=90)
         assert time.monotonic() - began > 55, "the control: it was late"
-        assert host.inside("wc -l < /run/starts").strip() == "3"
-        host.inside("rm -rf /etc/systemd/system/tailscaled.service.d/late.conf; systemctl daemon-reload")
+        assert host.inside(STARTS).strip() == "3"
+        host.inside(NOT_LATE)
 
     def move(self, host: OnHost) -> None:
         """Another node, with other addresses."""

@@ -25,6 +25,29 @@ CHANGED = "/etc/ssh/sshd_config.d/99-lab.conf"
 CHANGE = f"ufw deny 2222/tcp; echo ClientAliveInterval 77 >{CHANGED}; systemctl reload ssh"
 # What a rollback may take after its time: two tries with sshd on a busy machine.
 ROLLBACK_S = 60
+# How often tailscaled was started by `late`, and the end of it.
+STARTS = "wc -l < /run/starts"
+NOT_LATE = "rm -f /etc/systemd/system/tailscaled.service.d/late.conf; systemctl daemon-reload"
+
+
+def late(seconds: int) -> str:
+    """Script: from the next boot on, tailscaled's start fails twice, and the third waits until `seconds`
+    after the boot."""
+    return f"""mkdir -p /etc/systemd/system/tailscaled.service.d
+cat > /etc/systemd/system/tailscaled.service.d/late.conf <<'END'
+[Service]
+TimeoutStartSec={seconds + 120}
+ExecStartPre=/root/late
+END
+cat > /root/late <<'END'
+#!/bin/sh
+echo . >> /run/starts
+[ $(wc -l < /run/starts) -gt 2 ] || exit 1
+age=$(ps -o etimes= -p 1)
+[ $age -ge {seconds} ] || sleep $(({seconds} - age))
+END
+chmod 755 /root/late
+"""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lab.state import Target
 from lab.tailnet import Tailnet
 from lab.up import Wanted
 from lab.variants.ssh import ADMIN
-from tests.lab.onhost import OnHost
+from tests.lab.onhost import NOT_LATE, STARTS, OnHost, late
 from tests.lab.power import Ended, Power
 from tests.lab.record import known_host, plain
 from tests.lab.story import (
@@ -52,6 +52,8 @@ MIXED = (
 )
 # Its machine also goes down under a guard: a boot without Docker takes half the time.
 OF_POWER = "vm_mixed"
+# Seconds from its boot to the start of tailscaled: an emulated machine has used half of them to get there.
+LATE_S = 120
 MIXED_VM = (
     "ssh-socket",
     "cloud-init-passwords",
@@ -200,6 +202,17 @@ class Variants(Tale):
         """What comes of a guard when its machine goes down; a container has none of its own."""
         return Power(OnHost(self.lab, self.names[0], user=ADMIN)).run()
 
+    def restart_late(self) -> None:
+        """Reboot the machine. Its tailscaled fails twice and starts late; nothing is public meanwhile."""
+        host = OnHost(self.lab, self.names[0], user=ADMIN)
+        host.inside(late(LATE_S))
+        with watched(host.target, host.places) as seen:
+            self.restart()
+        assert seen.opened == []
+        assert seen.tries > LATE_S, "the control: somebody looked"
+        assert host.inside(STARTS).strip() == "3", "the control: it was late"
+        host.inside(NOT_LATE)
+
     def specs(self) -> dict[str, Specs]:
         """The specs of every host: a few processes, each for some of the hosts."""
         groups = [self.names[at::SPECS_AT_ONCE] for at in range(min(SPECS_AT_ONCE, len(self.names)))]
@@ -343,7 +356,7 @@ def tell(
             ("spec", tale.specs),
             ("again", lambda: tale.hosts.apply()),
             *([("power", tale.power)] if word == OF_POWER else []),
-            ("restart", tale.restart),
+            ("restart", tale.restart_late if word == OF_POWER else tale.restart),
             ("closed again", tale.open_now),
             ("spec again", tale.specs),
         ],
