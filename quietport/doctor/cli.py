@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
     if not options.record:
         return exit_code(state)
     command = [str(word) for word in declared.get(NOTIFY_COMMAND) or []]
-    if at_work or converging():
-        said = AT_WORK if command else ""
+    if command and (at_work or converging()):
+        said = AT_WORK
     else:
         said = notify.if_changed(command, state, text, name=name_of(declared), at=at)
     if said and not options.json:

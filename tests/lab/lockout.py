@@ -393,12 +393,12 @@ class Bench:
             if other is not None:
                 second = other.finish(RUN_TIMEOUT_S)
                 refused = "another converge is at work here" in second.text
-                if done.code > 0 and second.code == 0:
+                if done.code < 0:
+                    done, armed = second, False
+                elif done.code > 0 and second.code == 0:
                     # The first was undone, or changed nothing; the second came after it, and made the state.
                     said = closing(done, self.name)
                     result.failures += wrong_words(code=done.code, said=said, state="old", armed=armed)
-                    done, armed = second, False
-                if done.code < 0:
                     done, armed = second, False
                 elif second.code != 0 and not refused:
                     result.failures.append(f"the second controller: {closing(second, self.name)}")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from lab import targets, vm
 from lab.process import LabError
+from quietport.guard.fence import NOT_ARMED
 from tests.lab.onhost import ARMED, CHANGE, CHANGED, OnHost, waited
 from tests.lab.story import reachable
 
 TIMEOUT_S = 20
 # Of a fault for which the host was too slow: its guard had undone the change before.
 TRIES = 3
-NOT_ARMED = 75
 # Until a rollback is over, or a boot. Emulated on a machine that does much else, all takes its time.
 PATIENCE_S, EMULATED_PATIENCE_S = 120, 900
 ON_DISK = f"{CHANGE}; sync"
