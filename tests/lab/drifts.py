@@ -37,6 +37,13 @@ iptables -I {PAST_UFW}
 mkdir -p $(dirname {FOREIGN_DROP_IN})
 printf '[Service]\\nNice=5\\n' >{FOREIGN_DROP_IN}
 systemctl daemon-reload"""
+# What is due once a day may come at any moment, so it comes now. (Not an upgrade of packages: that would be
+# another host.) The last line: they did what they do.
+A_DAY_OF_TIMERS = """listed=$(systemctl list-units --all --type=timer --plain --no-legend | cut -d' ' -f1)
+for timer in $listed; do
+  case $timer in apt-daily*) ;; *) systemctl start "$(systemctl show -P Triggers "$timer")" || exit;; esac
+done
+test -e /var/backups/dpkg.status.0 && test -e /var/lib/quietport/ports.json"""
 LOGS = (("ip", "ufw"), ("ip6", "ufw6"))
 # What a converge notes there until the next boot; the hosts were booted since their last one.
 SINCE_BOOT = tuple(
@@ -412,6 +419,7 @@ class Drifted:
         for name, drifts in self.of.items():
             self.before[name] = fingerprint.through(self.hosts, name)
             host = OnHost(self.tale.lab, name)
+            host.inside(A_DAY_OF_TIMERS, timeout=MAKE_TIMEOUT_S)
             host.inside(BY_SOMEBODY)
             for drift in drifts:
                 host.inside(drift.make.replace("{canary}", canary()), timeout=MAKE_TIMEOUT_S)

@@ -21,6 +21,11 @@ from typing import Any
 
 # Each file with its content, mode and owner.
 CONTENTS = ("/etc", "/root", "/home", "/usr/local", "/var/lib/quietport", "/var/log/quietport")
+# What timers leave, which run at a time of their own: the doctor, the report, the prune of agent access.
+OF_TIMERS = (
+    r"|/var/lib/quietport/(doctor(/|$)|ports\.json$)"
+    r"|/home/[^/]+/\.local/state/codex-openclaw-ssh-agent/staging$"
+)
 # What differs between two runs on one host without any kill: made at random, with a time in it, or not ours.
 BY_CHANCE = re.compile(
     r"/etc/(machine-id|hostname|hosts|resolv\.conf(\.before-tailscale)?|ld\.so\.cache|mtab|\.pwd\.lock)$"
@@ -29,9 +34,7 @@ BY_CHANCE = re.compile(
     r"|/etc/docker/key\.json$"
     r"|/root/\.(cache|docker)(/|$)"
     # One of each guard, confirmed or not.
-    r"|/var/lib/quietport/guard/history/"
-    # What the doctor's timer has found, at its own time.
-    r"|/var/lib/quietport/doctor(/|$)"
+    r"|/var/lib/quietport/guard/history/" + OF_TIMERS
 )
 # A path that is there on one host and not on the other is a difference, but for these.
 PATHS_BY_CHANCE = re.compile(
@@ -39,12 +42,12 @@ PATHS_BY_CHANCE = re.compile(
     r"|/var/(cache|log)/"
     r"|/var/lib/(apt|dpkg|docker|containerd|tailscale|systemd|private|ucf|logrotate|ufw|AccountsService)/"
     r"|/run/(?!quietport)"
+    # What dpkg's and apt's timers copy at midnight.
+    r"|/var/backups/"
     r"|/var/lib/quietport/guard/history/"
-    # What the doctor's timer has found, at its own time.
-    r"|/var/lib/quietport/doctor(/|$)"
     r"|/(usr/share|usr/lib|usr/include|usr/src)/"
     r"|/root/\.(cache|docker)(/|$)"
-    r"|(/var)?/tmp/systemd-private-"
+    r"|(/var)?/tmp/systemd-private-" + OF_TIMERS
 )
 PREFERENCES_BY_CHANCE = ("Config", "Persist", "AutoUpdate", "AppConnector")
 MAX_TEXT = 4096
