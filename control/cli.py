@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+# First: the others take a while.
+from control import loading  # isort: skip
+
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from pyinfra.api.exceptions import PyinfraError
 
-from control import apply, doctor, example, plan, ports, reach, state, verify
+from control import apply, doctor, example, output, plan, ports, reach, state, verify
 from control.errors import SettingsError
 from control.settings import fleet, nearest
 
@@ -26,6 +28,8 @@ PLANNING = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. Errors are one sentence on standard error."""
     options = _options(sys.argv[1:] if arguments is None else arguments)
+    # When the reader leaves before the answer is known: an example is one all the same.
+    code = 0 if options.run is _example else 1
     try:
         code = int(options.run(options))
         # Now, not when the interpreter ends: there nobody can catch a reader that has left.
@@ -37,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has what it wanted (`quietport example | head`); the interpreter must not complain
-        # (https://docs.python.org/3/library/signal.html#note-on-sigpipe).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        output.reader_left()
+        return code
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -149,5 +151,6 @@ def _version() -> str:
         return "of this checkout"
 
 
+loading.done()
 if __name__ == "__main__":
     sys.exit(main())

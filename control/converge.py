@@ -8,7 +8,8 @@ that every chosen host converged, 1 that one did not (one line each says why), 1
 
 from __future__ import annotations
 
-# First: this patches the standard library.
+# First, and then what patches the standard library.
+from control import loading  # isort: skip
 from pyinfra_cli.cli import cli  # type: ignore[import-untyped]  # isort: skip
 
 import io
@@ -185,5 +186,6 @@ def _arguments(argv: Sequence[str]) -> Sequence[str]:
     return argv
 
 
+loading.done()
 if __name__ == "__main__":
     sys.exit(main(*_arguments(sys.argv[1:])))

@@ -26,8 +26,10 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from typing_extensions import override
 
+from control import output
 from control.converge import INTERRUPTED
 from control.plan import ERROR, Change, Form, HostPlan, exit_code, rendered
+from control.reach import ABOUT
 from operations import notes
 from operations.notes import CERTAIN, UNKNOWN, Note, Notes
 
@@ -42,10 +44,14 @@ class Quiet(logging.Filter):
     def __init__(self, errors: Errors) -> None:
         super().__init__()
         self._errors = errors
+        # {host: [sentence]}: such as a way to it that did not answer.
+        self.remarks: dict[str, list[str]] = {}
 
     @override
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.ERROR:
+            if name := getattr(record, ABOUT, None):
+                self.remarks.setdefault(name, []).append(record.getMessage().removeprefix(f"{name}: "))
             return False
         self._errors.emit(record)
         return host_and_text(record) is None
@@ -54,7 +60,8 @@ class Quiet(logging.Filter):
 def main(form: str, inventory: str, deploy: str, *names: str) -> int:
     """Make the plan and print it. Returns the exit code."""
     errors = Errors()
-    logger.addFilter(Quiet(errors))
+    quiet = Quiet(errors)
+    logger.addFilter(quiet)
     collected = notes.collect()
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
@@ -62,8 +69,14 @@ def main(form: str, inventory: str, deploy: str, *names: str) -> int:
     state = current_state()
     if state is None or code == INTERRUPTED:
         return code or ERROR
+    for name, sentences in quiet.remarks.items():
+        collected.remarks.setdefault(name, [])[:0] = sentences
     found = plans(state, _operations(said.getvalue()), collected, errors)
-    click.echo(rendered(found, form=cast(Form, form)), nl=False)
+    try:
+        click.echo(rendered(found, form=cast(Form, form)), nl=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        output.reader_left()
     return exit_code(found)
 
 
@@ -115,7 +128,7 @@ def _changes(
         note = noted.get(operation["op_hash"])
         if note is not None and note.refused:
             return tuple(found), note.refused
-        if note is None or not note.waits:
+        if note is None or not note.leaves_host:
             found.append(_change(operation, note, conditional=conditional))
     return tuple(found), None
 

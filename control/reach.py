@@ -41,6 +41,8 @@ CONNECT_TIMEOUT_S = 10.0
 RESTART_S = 15.0
 RETRY_S = 1.0
 HOST_JSON = "/etc/quietport/host.json"
+# Which host a warning in the log is about: a plan, which shows no log, tells it as a note.
+ABOUT = "quietport_host"
 
 
 def route(name: str) -> Route:
@@ -101,7 +103,7 @@ def open_session(
                 restarting.append(attempt)
             continue
         for failure in failures:
-            logger.warning(f"{failure.what} Going on by the {session.way} address {session.address}.")
+            _warn(name, f"{failure.what} Going on by the {session.way} address {session.address}.")
         return session
     deadline = time.monotonic() + RESTART_S
     while restarting and time.monotonic() < deadline:
@@ -110,6 +112,10 @@ def open_session(
             with contextlib.suppress(ReachError):
                 return _open(attempt, settings, keys_only=keys_only, timeout=timeout)
     raise combined(name, failures)
+
+
+def _warn(name: str, sentence: str) -> None:
+    logger.warning(sentence, extra={ABOUT: name})
 
 
 def combined(name: str, failures: Sequence[ReachError]) -> ReachError:
@@ -201,7 +207,7 @@ def _found_attempts(
 def _peers(name: str, hostname: str) -> tuple[peers.Peer, ...]:
     found = peers.peers(hostname)
     if sentence := peers.duplicates(name, found):
-        logger.warning(sentence)
+        _warn(name, sentence)
     return tuple(found)
 
 

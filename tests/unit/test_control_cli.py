@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -103,6 +106,63 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     )
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+class Gone(io.TextIOWrapper):
+    """Standard output of a program whose reader has left."""
+
+    def __init__(self) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        super().__init__(os.fdopen(writer, "wb"))
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "expected"),
+    # What does not fit into the buffer breaks off before the answer is known.
+    [("doctor", "x", 3), ("doctor", "x" * 100_000, 1), ("ports", "x", 3), ("example", "", 0)],
+)
+def test_a_reader_that_leaves_changes_no_answer(
+    monkeypatch: pytest.MonkeyPatch, operator: Operator, verb: str, said: str, expected: int
+) -> None:
+    def answer(names: object, *, as_json: bool) -> int:
+        print(said)
+        return 3
+
+    operator.host()
+    for module in (cli.doctor, cli.ports):
+        monkeypatch.setattr(module, "run", answer)
+    with Gone() as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        assert cli.main([verb]) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [("control.cli", "pyinfra"), ("control.converge", "pyinfra_cli"), ("control.dryrun", "pyinfra_cli")],
+)
+def test_an_interrupt_while_it_loads_is_no_traceback(tmp_path: Path, module: str, slow: str) -> None:
+    # The package that takes long, as far as it gets before the interrupt.
+    (tmp_path / slow).mkdir()
+    interrupt = "import os, sys\nprint('here', file=sys.stderr)\nos.kill(os.getpid(), 2)\n"
+    (tmp_path / slow / "__init__.py").write_text(interrupt)
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd="/",
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "here\n")
+
+
+def test_after_loading_an_interrupt_is_what_it_was() -> None:
+    code = "import control.cli, signal; print(signal.getsignal(2) is signal.default_int_handler)"
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_the_example_needs_no_hosts_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyinfra.context import ctx_host
 
 from control import plan
 from control.plan import Change, HostPlan
+from control.reach import remember_tailnet
 from control.secret import masked, resolve
 from operations import common, notes, proven, units
 from operations import guard as guard_operations
@@ -336,7 +338,7 @@ def right() -> Commands:
 
 @operation()
 def waiting() -> Commands:
-    notes.only_waits()
+    notes.leaves_host()
     notes.because("a lock is held")
     yield program("true")
 
@@ -432,6 +434,34 @@ def test_each_change_is_a_row_that_says_how_sure_it_is(
     # It was a dry run.
     assert file.read_text() == "old\n"
     assert not (deploy.parents[1] / "touched").exists()
+
+
+@NEEDS_ROOT
+def test_a_way_that_did_not_answer_is_a_note(operator: Operator, server: Server, deploy: Path) -> None:
+    several(operator, declared=server.port)
+    remember_tailnet("declared", ["127.0.0.9"])
+    done = dry("plan", deploy, "declared")
+    state, note = _plain(done.stdout).splitlines()
+    assert (done.returncode, state) == (0, "declared: as declared")
+    assert note.startswith("  note: cannot connect to 127.0.0.9")
+    assert note.endswith("Going on by the public address 127.0.0.1.")
+
+
+@NEEDS_ROOT
+def test_a_reader_that_leaves_early_changes_no_answer(
+    operator: Operator, server: Server, deploy: Path
+) -> None:
+    several(operator, changed=server.port)
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        argv = [sys.executable, "-P", "-m", "control.dryrun", "plan", str(ROOT / "inventory"), str(deploy)]
+        done = subprocess.run(
+            argv, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 @NEEDS_ROOT
