@@ -11,11 +11,12 @@ from pyinfra.api.command import StringCommand
 from pyinfra.context import host
 
 from facts.apt import Keyring, Sources
+from facts.files import FileState
 from facts.packages import Packages
 from facts.system import System
 from operations import aptwait, aptwhy, notes
 from operations.common import Commands, operation, refuse, script, warn
-from operations.files import put_if_needed
+from operations.files import other_mode, put_if_needed
 from operations.units import enable_if_needed
 
 WAIT_S = 900
@@ -220,7 +221,7 @@ def wait_ready() -> Commands:
         return
     notes.because(*reasons)
     if not system["dpkg_interrupted"]:
-        notes.only_waits()
+        notes.leaves_host()
     warn(f"apt is not ready, which is waited for or repaired: {'; '.join(reasons)}.")
     yield _apt(_PREPARE)
 
@@ -283,9 +284,14 @@ def repository(repository: Repository) -> Commands:
     """
     changed = False
     keys = host.get_fact(Keyring, path=repository.keyring)
+    state = host.get_fact(FileState, path=repository.keyring)
+    wrong = other_mode(state, "0644") if state["kind"] == "file" else []
+    wrong = [f"{repository.keyring}: {what}" for what in wrong]
     if keys != [repository.fingerprint]:
-        found = " ".join(keys) or "no key"
-        notes.because(f"{repository.keyring} holds {found}, not {repository.fingerprint}")
+        wrong.append(f"{repository.keyring} holds {' '.join(keys) or 'no key'}, not {repository.fingerprint}")
+    if wrong:
+        # Also when others could write it and did not: it is fetched anew.
+        notes.because(*wrong)
         if not repository.site:
             yield refuse(f"the repository {repository.uri} has no host in it. Correct it in hosts.toml.")
             return

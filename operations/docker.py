@@ -11,13 +11,13 @@ from pyinfra.context import host
 
 from facts.docker import DAEMON_JSON, Docker, PublishedPorts
 from facts.docker_user import DockerUserChain
-from facts.files import FileText
+from facts.files import FileState, FileText
 from facts.system import System
 from facts.units import Units
 from facts.users import GroupMembers
 from operations import apt, notes
 from operations.common import Commands, operation, program, refuse, script, warn
-from operations.files import put_if_needed
+from operations.files import is_private, other_mode, put_if_needed
 from operations.programs import PROGRAMS
 from operations.units import enable_if_needed, files_if_needed
 from quietport.containers import EVERY_ADDRESS
@@ -143,6 +143,17 @@ def source_refusal(docker: dict[str, Any], source: str) -> str | None:
     )
 
 
+def kept(state: dict[str, Any]) -> tuple[str, str]:
+    """Mode and group that daemon.json has or gets, from its state. Root writes it, and nobody else.
+
+    A proxy's password may be in it (https://docs.docker.com/engine/daemon/proxy/): where its owner made it
+    private, it stays so. A link gives way to a private file: what it points to may be private.
+    """
+    if is_private(state):
+        return f"{int(state['mode'], 8) & ~0o022:04o}", str(state["group"])
+    return ("0600" if state["kind"] == "link" else "0644"), "root"
+
+
 @operation()
 def configured(source: str) -> Commands:
     """daemon.json has what keeps published ports on loopback, and a running engine uses it.
@@ -153,21 +164,31 @@ def configured(source: str) -> Commands:
     docker = host.get_fact(Docker)
     network_defaults = has_network_defaults(source=source, codename=host.get_fact(System)["codename"])
     result = merged(host.get_fact(FileText, path=DAEMON_JSON), network_defaults=network_defaults)
+    state = host.get_fact(FileState, path=DAEMON_JSON)
+    private = is_private(state) or state["kind"] == "link"
+    mode, group = kept(state)
     refusal = source_refusal(docker, source) or result.refusal or firewall_refusal(docker)
     if refusal is not None:
         yield refuse(refusal)
         return
+    loosened = False
     if result.changed:
         # Made into a list first: a plan ends at the first command, and the difference is shown before it.
-        write = list(put_if_needed(DAEMON_JSON, result.text))
+        write = list(put_if_needed(DAEMON_JSON, result.text, mode=mode, group=group, secret=private))
         yield program("install", "-d", "-m", "0755", "--", str(Path(DAEMON_JSON).parent))
         yield from write
+    elif state["kind"] == "file" and (wrong := other_mode(state, mode, group=group)):
+        # Not written anew: the engine would be older than it, and be restarted.
+        notes.because(*(f"{DAEMON_JSON}: {what}" for what in wrong))
+        loosened = True
+        yield program("chown", "--", f"root:{group}", DAEMON_JSON)
+        yield program("chmod", "--", mode, DAEMON_JSON)
     if docker["running"] and (result.changed or docker["config_stale"]):
         if not result.changed:
             notes.because(f"the engine runs with an older {DAEMON_JSON}")
         notes.brings(RESTART)
         yield script(_APPLY, timeout=180)
-    elif not result.changed:
+    elif not (result.changed or loosened):
         host.noop("daemon.json is as wanted, and in use")
 
 

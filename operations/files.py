@@ -68,7 +68,7 @@ def unlike(
     """
     if state["kind"] != "file":
         return [_kind(state)]
-    found = _other_mode(state, mode, user, group)
+    found = other_mode(state, mode, user, group)
     if state["sha256"] != hashlib.sha256(as_bytes(content)).hexdigest():
         found.insert(0, "its content differs")
     return found
@@ -78,13 +78,19 @@ def _kind(state: dict[str, Any]) -> str:
     return "is absent" if state["kind"] == "absent" else f"is a {state['kind']}"
 
 
-def _other_mode(state: dict[str, Any], mode: str, user: str, group: str) -> list[str]:
+def other_mode(state: dict[str, Any], mode: str, user: str = "root", group: str = "root") -> list[str]:
+    """What of the mode and the owner in `state` (as FileState tells it) is not as wanted, a phrase each."""
     found = []
     if int(state["mode"], 8) != int(mode, 8):
         found.append(f"its mode is {state['mode']}, not {mode}")
     if (state["user"], state["group"]) != (user, group):
         found.append(f"its owner is {state['user']}:{state['group']}, not {user}:{group}")
     return found
+
+
+def is_private(state: dict[str, Any]) -> bool:
+    """Whether there is a file that not everybody may read, in `state` as FileState tells it."""
+    return state["kind"] == "file" and int(state["mode"], 8) & 0o004 == 0
 
 
 def put_if_needed(
@@ -109,7 +115,9 @@ def put_if_needed(
         what = "directory" if state["kind"] == "directory" else "special file"
         yield refuse(f"{path} is a {what}, where a file belongs. Move it away and run again.")
         return
-    if not (secret or isinstance(content, Secret)):
+    # What not everybody may read is not for everybody's eyes, whoever wrote it.
+    hidden = is_private(state) and int(mode, 8) & 0o004 != 0
+    if not (secret or hidden or isinstance(content, Secret)):
         old = host.get_fact(FileText, path=path) if state["kind"] == "file" else None
         show_diff(path, old, as_bytes(content).decode(errors="replace"))
     yield write(path, content, mode=mode, user=user, group=group)
@@ -141,22 +149,33 @@ def put(
         notes.depends(after)
 
 
-@operation()
-def directory(
+def directory_if_needed(
     path: str, *, mode: str = "0755", user: str = "root", group: str = "root"
 ) -> Commands:
-    """The directory `path` exists with this mode and owner. Its parent must exist."""
+    """What `directory` yields, for operations that need one. Nothing when it is right."""
     state = host.get_fact(FileState, path=path)
     right_kind = state["kind"] == "directory"
-    found = _other_mode(state, mode, user, group) if right_kind else [_kind(state)]
+    found = other_mode(state, mode, user, group) if right_kind else [_kind(state)]
     if not found:
-        host.noop(f"{path} is as wanted")
         return
     if state["kind"] not in ("directory", "absent"):
         yield refuse(f"{path} is a {state['kind']}, where a directory belongs. Move it away and run again.")
         return
     notes.because(*(f"{path}: {what}" for what in found))
     yield program("install", "-d", "-m", mode, "-o", user, "-g", group, "--", path)
+
+
+@operation()
+def directory(
+    path: str, *, mode: str = "0755", user: str = "root", group: str = "root"
+) -> Commands:
+    """The directory `path` exists with this mode and owner. Its parent must exist."""
+    changed = False
+    for command in directory_if_needed(path, mode=mode, user=user, group=group):
+        changed = True
+        yield command
+    if not changed:
+        host.noop(f"{path} is as wanted")
 
 
 @operation()

@@ -56,8 +56,7 @@ def risky(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
 def risky_if_tailnet(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
     """As `risky` on a host that is reached over the tailnet already; else `commands` as they are.
 
-    A transaction of its own, proven at once, whose time is long enough for its longest command: an upgrade of
-    a package that is broken off half-way leaves more to mend than it could harm.
+    A transaction of its own, proven at once, whose time is long enough for its longest command.
     """
     notes.after(guard.UNDOING)
     if reached_by(host) == "tailnet":

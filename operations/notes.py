@@ -30,8 +30,8 @@ class Note:
     """The earlier change it depends on, or why it cannot be known."""
     differences: dict[str, str] = field(default_factory=dict)
     """{path: unified difference} of the texts it would write."""
-    waits: bool = False
-    """It would only wait, and leave the host as it is."""
+    leaves_host: bool = False
+    """It would leave the host as it is: it waits for something, or this machine has to learn something."""
     refused: str = ""
     """Why a converge would end with it, as a sentence."""
 
@@ -114,9 +114,9 @@ def unknown(why: str) -> None:
     note.certainty, note.on = UNKNOWN, why
 
 
-def only_waits() -> None:
-    """What the operation would do changes nothing: it waits for something that passes by itself."""
-    _note().waits = True
+def leaves_host() -> None:
+    """What the operation would do changes nothing on the host: it waits, or this machine learns something."""
+    _note().leaves_host = True
 
 
 def difference(path: str, text: str) -> None:

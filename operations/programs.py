@@ -6,8 +6,8 @@ from pyinfra.context import host
 
 from control.guard import LAUNCHER
 from operations import notes
-from operations.common import Commands, operation, program
-from operations.files import put_if_needed
+from operations.common import Commands, operation
+from operations.files import directory_if_needed, put_if_needed
 
 # What a plan calls them, where the host's own answer may be another with new ones.
 PROGRAMS = "the programs"
@@ -19,12 +19,10 @@ LAUNCHER_TEXT = f'#!/bin/sh\nexec /usr/bin/python3 -I {ZIPAPP} "$@"\n'
 
 def files_if_needed(pyz: bytes) -> Commands:
     """What `installed` yields, for operations that need the programs only sometimes."""
-    changed = False
+    # Whoever may write there is root: its timers run what is in it.
+    yield from directory_if_needed(LIBRARY)
     for path, content, mode in ((ZIPAPP, pyz, "0644"), (LAUNCHER, LAUNCHER_TEXT.encode(), "0755")):
         for command in put_if_needed(path, content, mode=mode, secret=path == ZIPAPP):
-            if not changed:
-                yield program("install", "-d", "-m", "0755", "-o", "root", "-g", "root", "--", LIBRARY)
-            changed = True
             notes.brings(PROGRAMS)
             yield command
 

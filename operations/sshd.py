@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pyinfra.context import host
 
 from control import reach
 from control.guard import LAUNCHER
-from facts.files import FileText
+from facts.files import FileState, FileText
 from facts.packetfilter import PacketFilter
 from facts.sockets import ListeningSockets
 from facts.sshd import SshdEffective, SshdFiles, SshdProcess
@@ -23,6 +23,7 @@ from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
+from operations.files import other_mode
 from operations.units import (
     enable_if_needed,
     files_if_needed,
@@ -37,6 +38,9 @@ from quietport.unit_names import FOLLOWER, UNIT_FOLDER
 _TEMPLATES = Path(__file__).parents[1] / "templates/ssh"
 UNIT_DROP_IN_TEXT = (_TEMPLATES / "ssh.service.conf").read_text()
 FOLLOWER_FILES = {f"{UNIT_FOLDER}/{FOLLOWER}": (_TEMPLATES / FOLLOWER).read_text()}
+# As sshd-apply makes them. Who may write them says where sshd listens.
+OUR_FILES = (sshd.DROP_IN, sshd.UNIT_DROP_IN)
+OUR_MODE = "0644"
 # Lines of others' files that a sentence names; `--diff` shows them all.
 MAX_SHOWN = 6
 # The follower may have sshd reload just then: for an instant it listens nowhere.
@@ -57,6 +61,8 @@ class Seen:
     stray_sockets: tuple[str, ...]
     stale: bool
     effective: tuple[dict[str, list[str]], ...]
+    modes: tuple[str, ...] = ()
+    """What of mode and owner of our files is not as we made it, a phrase each."""
     public: tuple[sshd.Listener, ...] = ()
 
 
@@ -84,6 +90,7 @@ def wanted(seen: Seen, *, login_user: str) -> Wanted:
 def differences(seen: Seen, target: Wanted) -> list[str]:
     """Why the host is not as wanted, one phrase each; empty when it is. Files, units and what really runs."""
     found = [f"{path} differs" for path, text in target.files.items() if _old(seen, path) != text]
+    found += seen.modes
     found += [f"{unit} is not masked" for unit, state in seen.sockets.items() if not is_masked(state)]
     found += [f"{unit} is active" for unit in seen.stray_sockets]
     if not is_enabled(seen.service):
@@ -106,7 +113,7 @@ def plan(seen: Seen, target: Wanted, *, users: Iterable[str]) -> bytes:
     files = {
         path: {"old_sha256": _sha256(_old(seen, path)), "text": text}
         for path, text in target.files.items()
-        if path in (sshd.DROP_IN, sshd.UNIT_DROP_IN) or _old(seen, path) != text
+        if path in OUR_FILES or _old(seen, path) != text
     }
     document = {
         "schema": 1,
@@ -163,8 +170,16 @@ def _look(login_user: str, *, break_glass: Sequence[str] = ()) -> Seen:
         stray_sockets=tuple(sorted(unit for unit in stray if unit.endswith(".socket"))),
         stale=bool(host.get_fact(SshdProcess)["stale"]),
         effective=tuple(host.get_fact(SshdEffective, user=login_user, addr=addr) for addr in sshd.ASKED_FROM),
+        modes=tuple(_modes()),
         public=tuple(sshd.public_listeners(ipv6=host.get_fact(System)["ipv6"])) if break_glass else (),
     )
+
+
+def _modes() -> Iterator[str]:
+    for path in OUR_FILES:
+        state = host.get_fact(FileState, path=path)
+        if state["kind"] == "file":
+            yield from (f"{path}: {what}" for what in other_mode(state, OUR_MODE))
 
 
 def _strangers_come_in(break_glass: Sequence[str]) -> str:

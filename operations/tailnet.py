@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -26,6 +27,7 @@ from facts.units import Units
 from operations import apt, gate, notes
 from operations.common import (
     Commands,
+    executing,
     fail,
     no_room,
     one_host_at_most,
@@ -393,6 +395,12 @@ def preferences(membership: Membership) -> Commands:
     no option for them.
     """
     tailnet = host.get_fact(Tailnet)
+    if tailnet["installed"] and not tailnet["running"] and not executing():
+        # The join starts it, and what it finds on the tailnet already it leaves as it is.
+        notes.because("the preferences cannot be read")
+        notes.unknown("tailscaled does not run")
+        yield from gate.risky_if_tailnet(host, [_set(drift({}, membership))])
+        return
     if not tailnet["running"] or tailnet["backend_state"] in LOGGED_OUT:
         host.noop("set when the host joins")
         return
@@ -402,8 +410,12 @@ def preferences(membership: Membership) -> Commands:
         return
     others = _drifted(tailnet["prefs"], membership)
     notes.because(*(f"{FLAGS[name]} is {_was(now)}, not {_was(wanted)}" for name, now, wanted in others))
+    yield from gate.risky_if_tailnet(host, [_set(options)])
+
+
+def _set(options: Iterable[str]) -> StringCommand:
     # Switching Tailscale SSH off asks for confirmation where the session came through it.
-    yield from gate.risky_if_tailnet(host, [program("tailscale", "set", "--accept-risk=lose-ssh", *options)])
+    return program("tailscale", "set", "--accept-risk=lose-ssh", *options)
 
 
 @operation()
@@ -428,7 +440,10 @@ def remembered(host_name: str) -> Commands:
         host.noop("remembered")
         return
     notes.because("the operator's side does not remember its tailnet addresses")
-    if not addresses:
+    if addresses:
+        # Only this machine has to learn something: another operator's, or a CI's, did not converge it.
+        notes.leaves_host()
+    else:
         notes.depends("the join")
     yield FunctionCommand(_remember, (host_name, addresses), {})
 

@@ -442,7 +442,9 @@ class Apply:
             for path in sorted(self.plan.files, key=lambda path: self.ORDER.get(path, 0)):
                 text = self.plan.files[path][1]
                 data = None if text is None else text.encode()
-                staged[path] = self.host.stage(path, replace(self.before.files[path], data=data))
+                # Ours have one mode and owner on every host. A file of others keeps its own.
+                saved = Saved(data) if path in self.ORDER else replace(self.before.files[path], data=data)
+                staged[path] = self.host.stage(path, saved)
                 if path not in self.spare:
                     self.spare[path] = self.host.stage(path, self.before.files[path])
             self.touched = True

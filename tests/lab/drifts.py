@@ -148,6 +148,24 @@ DRIFTS = (
         "/var/log/quietport: its mode is 0777, not 0750",
     ),
     Drift(
+        "the directory of root's programs open to everybody",
+        "chmod 0777 /usr/local/lib/quietport",
+        "programs: quietport's programs installed",
+        "/usr/local/lib/quietport: its mode is 0777, not 0755",
+    ),
+    Drift(
+        "our drop-in of sshd open to everybody",
+        f"chmod 0666 {DROP_IN}",
+        SSH,
+        f"{DROP_IN}: its mode is 0666, not 0644",
+    ),
+    Drift(
+        "a keyring open to everybody",
+        "chmod 0666 /etc/apt/keyrings/tailscale.gpg",
+        "tailscale: signed repository known to apt",
+        "/etc/apt/keyrings/tailscale.gpg: its mode is 0666, not 0644",
+    ),
+    Drift(
         "an owner changed",
         "chown nobody /usr/local/bin/codex-openclaw-ssh-agent-ttl-evidence",
         "agent access: codex-openclaw-ssh-agent-ttl-evidence",
@@ -392,7 +410,7 @@ class Drifted:
             ("found", lambda: Told(self.hosts.quietport("plan", "--json"))),
             ("in brief", lambda: self.hosts.quietport("drift")),
             ("repaired", lambda: self.hosts.apply().ok()),
-            ("again", lambda: Told(self.hosts.quietport("plan", "--json"))),
+            ("again", lambda: Told(self._elsewhere("plan", "--json"))),
             ("left", self._left),
             ("to be pruned", lambda: Told(self.pruning.quietport("plan", "--json"))),
             ("pruned", self._prune),
@@ -408,6 +426,19 @@ class Drifted:
     def pruning(self) -> Hosts:
         """The same hosts, told to take foreign rules away."""
         return self.tale.vary("prune", {SECRET_PATH: f"env:{SECRET_VARIABLE}"}, prune_foreign=True)
+
+    def _elsewhere(self, *args: str) -> Done:
+        """The operator's program for somebody who has the hosts file and never converged these hosts."""
+        text = self.hosts.file.read_text()
+        for name in self.of:
+            address = OnHost(self.tale.lab, name).addresses()[0]
+            text = text.replace(f"[hosts.{name}]", f'[hosts.{name}]\ntailnet_address = "{address}"')
+        # Not beside lab.json: there the lab's own pins and addresses are.
+        place = self.tale.lab.run.directory / "elsewhere"
+        place.mkdir(exist_ok=True)
+        (place / "hosts.toml").write_text(text)
+        hosts = Hosts(self.tale.lab, place / "hosts.toml")
+        return hosts.quietport(*args, QUIETPORT_STATE=str(place / "state"))
 
     def _converged(self) -> None:
         """Told as the story's hosts file has it: other tests may have told them something else."""

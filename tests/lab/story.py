@@ -193,9 +193,9 @@ class Hosts:
         """`pyinfra inventory ARGS`."""
         return run([str(BIN / "pyinfra"), "inventory", *args], env=self.env(**env), timeout=timeout)
 
-    def quietport(self, *args: str) -> Done:
+    def quietport(self, *args: str, **env: str) -> Done:
         """`quietport ARGS`."""
-        return run([str(BIN / "quietport"), *args], env=self.env())
+        return run([str(BIN / "quietport"), *args], env=self.env(**env))
 
     def dry(self, *args: str) -> Plan:
         """What a converge would change."""

@@ -155,6 +155,9 @@ KEYS_ONLY = {
 ADDRESSES = ["100.64.0.7", "fd7a:115c:a1e0::7"]
 
 
+OURS = {"kind": "file", "mode": "0644", "user": "root", "group": "root", "sha256": "known"}
+
+
 def converged() -> dict[str, Any]:
     """Facts of a host whose sshd is as wanted."""
     names = [pure.UNIT, *pure.SOCKETS]
@@ -164,6 +167,7 @@ def converged() -> dict[str, Any]:
     return {
         "sshd.SshdFiles": {pure.MAIN: MAIN, pure.DROP_IN: pure.render(ADDRESSES)},
         "files.FileText": {f"path={pure.UNIT_DROP_IN}": sshd.UNIT_DROP_IN_TEXT},
+        "files.FileState": {f"path={path}": dict(OURS) for path in sshd.OUR_FILES},
         "tailnet.Tailnet": {"addresses": ADDRESSES},
         "units.Units": {f"names={names}": {pure.UNIT: service, **sockets}},
         "sockets.ListeningSockets": [
@@ -234,6 +238,8 @@ def _spoil(facts: dict[str, Any], what: str) -> None:
         "foreign listen": lambda: files.update({pure.MAIN: f"{MAIN}ListenAddress 0.0.0.0\n"}),
         "no include": lambda: files.update({pure.MAIN: ""}),
         "unit drop-in": lambda: facts.update({"files.FileText": {f"path={pure.UNIT_DROP_IN}": None}}),
+        "others may write": lambda: facts["files.FileState"][f"path={pure.DROP_IN}"].update(mode="0666"),
+        "another's": lambda: facts["files.FileState"][f"path={pure.UNIT_DROP_IN}"].update(user="nobody"),
         "socket": lambda: units["ssh.socket"].update(enabled="disabled"),
         "template": lambda: units["ssh@.socket"].update(enabled="static"),
         "running socket": lambda: units["sshd-vsock.socket"].update(active="active"),
@@ -260,7 +266,7 @@ def _spoil(facts: dict[str, Any], what: str) -> None:
     [
         *("drop-in", "foreign listen", "no include", "unit drop-in", "socket", "template", "running socket"),
         *("disabled", "reload due", "restart due", "one address", "another address", "an instance"),
-        *("passwords", "new address"),
+        *("passwords", "new address", "others may write", "another's"),
     ],
 )
 def test_sshd_otherwise_than_wanted_passes_the_gate_and_is_applied_whole(what: str) -> None:

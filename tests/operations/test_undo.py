@@ -162,6 +162,7 @@ def test_a_host_that_was_never_converged_is_left_alone() -> None:
 def test_the_programs_are_brought_only_where_they_are_needed() -> None:
     found = facts()
     found["files.FileState"] = {
+        "path=/usr/local/lib/quietport": {"kind": "absent"},
         "path=/usr/local/lib/quietport/quietport.pyz": {"kind": "absent"},
         "path=/usr/local/sbin/quietport": {"kind": "absent"},
     }
@@ -347,6 +348,14 @@ class FakeHost:
     def __init__(self) -> None:
         self.connector = self
         self.sessions: list[Any] = []
+        self.filters = {"4": "-P INPUT ACCEPT\n"}
+
+    @property
+    def session(self) -> Any:
+        return SimpleNamespace(port=22)
+
+    def get_fact(self, fact: Any) -> dict[str, str]:
+        return self.filters
 
     def switch(self, session: Any) -> None:
         if self.lost:
@@ -384,14 +393,39 @@ def test_without_it_nothing_is_taken_away(proof: list[Proof], caplog: pytest.Log
     assert "vps1: refused: cannot connect to 192.0.2.1:22: timed out." in caplog.text
 
 
-def test_the_end_is_proven_in_public(proof: list[Proof], monkeypatch: pytest.MonkeyPatch) -> None:
-    confirmed: list[tuple[Any, str]] = []
-    monkeypatch.setattr(there, "confirm", lambda session, token: confirmed.append((session, token)))
+@pytest.fixture
+def confirmed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, str]]]:
+    """Which sessions confirmed which tokens, of a host that is armed."""
+    found: list[tuple[Any, str]] = []
+    monkeypatch.setattr(there, "confirm", lambda session, token: found.append((session, token)))
     there.note("vps1", there.Armed(token="a1b2", until=0))
-    try:
-        host: Any = FakeHost()
-        assert publicly._prove(None, host)
-        assert confirmed == [(proof[0].session, "a1b2")]
-        assert there.armed("vps1") is None
-    finally:
-        there.note("vps1", None)
+    yield found
+    there.note("vps1", None)
+
+
+def test_the_end_is_proven_in_public(proof: list[Proof], confirmed: list[tuple[Any, str]]) -> None:
+    host: Any = FakeHost()
+    assert publicly._prove(None, host)
+    assert confirmed == [(proof[0].session, "a1b2")]
+    assert there.armed("vps1") is None
+
+
+OPENED = '-A INPUT -p tcp -m tcp --dport 22 -m comment --comment "quietport: opened by hand" -j ACCEPT\n'
+DROPS = "-A INPUT -p tcp -m tcp --dport 22 -j DROP\n"
+
+
+@pytest.mark.parametrize(("rules", "stays"), [(OPENED, True), (OPENED + DROPS, False), ("", True)])
+def test_a_way_that_is_open_by_hand_alone_is_no_proof(
+    proof: list[Proof],
+    confirmed: list[tuple[Any, str]],
+    caplog: pytest.LogCaptureFixture,
+    rules: str,
+    *,
+    stays: bool,
+) -> None:
+    host: Any = FakeHost()
+    host.filters = {"4": f"-P INPUT ACCEPT\n{rules}", "6": "-P INPUT ACCEPT\n"}
+    assert publicly._prove(None, host) is stays
+    assert bool(confirmed) is stays
+    assert ("only the rule of `quietport open` lets anybody in at port 22" in caplog.text) is not stays
+    assert (there.armed("vps1") is None) is stays

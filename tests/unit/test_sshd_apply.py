@@ -135,6 +135,19 @@ def test_the_plan_as_a_whole(machine: Machine) -> None:
     assert not list((machine.root / "run").glob("quietport-sshd.*"))
 
 
+def test_our_files_get_our_mode_and_those_of_others_keep_theirs(machine: Machine) -> None:
+    for path, mode in ((sshd.MAIN, 0o600), (sshd.DROP_IN, 0o666), (sshd.UNIT_DROP_IN, 0o777)):
+        file = machine.root / path.lstrip("/")
+        file.write_text(OLD_MAIN if path == sshd.MAIN else "older\n")
+        file.chmod(mode)
+    old = {sshd.MAIN: sha(OLD_MAIN)}
+    files = {path: {"old_sha256": old.get(path, sha("older\n")), "text": text} for path, text in NEW.items()}
+    done, said = play(machine, files=files)
+    assert done, said
+    modes = [(machine.root / path.lstrip("/")).stat().st_mode & 0o7777 for path in NEW]
+    assert modes == [0o600, 0o644, 0o644]
+
+
 def test_all_sockets_are_masked_by_one_command(machine: Machine) -> None:
     """systemd reads every unit file anew after each; with seven that takes a while, with sshd in between."""
     done, said = play(machine, mask=["ssh.socket", "sshd-vsock.socket"])
