@@ -52,15 +52,19 @@ def who() -> str:
 
 @one_host_at_most
 def arm(state: State, host: Host, timeout_s: int, over: Way = "tailnet") -> bool:
-    """Arm on this host, once a transaction. A host from before there was a guard goes without.
+    """Arm on this host, once a transaction. Nothing risky is done on a host whose guard does not answer.
 
     `over` is the way by which the change will be confirmed.
     """
     if guard.armed(host.name) is not None:
         return True
     if not host.get_fact(Guard)["installed"]:
-        logger.info(f"{host.print_prefix}no guard on this host yet: this step is not undone by itself")
-        return True
+        # The programs were brought before, by this run.
+        return fail(
+            host,
+            "`quietport guard status` does not answer there, and nothing risky is done without a guard: see "
+            "what it says, then run again. Nothing was changed.",
+        )
     words = ["arm", "--timeout", str(timeout_s), "--by", who(), "--json"]
     words += ["--confirm-over", "any"] if over == "public" else []
     command = program(*guard.argv(*words))

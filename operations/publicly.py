@@ -19,8 +19,11 @@ from pyinfra.context import host
 from control.errors import QuietportError
 from control.proof import prove_public
 from control.settings import settings_for
+from facts.packetfilter import PacketFilter
 from operations import gate, guard
 from operations.common import Commands, one_host_at_most, operation
+from quietport.admission import PROGRAMS, lets_strangers_in
+from quietport.open import WHY as OPENED_WHY
 
 
 def opening(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
@@ -58,7 +61,25 @@ def _pass_gate(state: State, host: Host) -> bool:
 
 @one_host_at_most
 def _prove(state: State, host: Host) -> bool:
-    return guard.prove_and_confirm(host, over="public")
+    return guard.prove_and_confirm(host, over="public", problems=lambda: _shut_without_open(host))
+
+
+def _shut_without_open(host: Host) -> list[str]:
+    """Why the way that was just proven is none once the host is no more opened by hand; empty when it is one.
+
+    `quietport open` puts a rule before all others where somebody's own keeps strangers out, and it goes last.
+    """
+    port = host.connector.session.port  # type: ignore[attr-defined]
+    found = []
+    for family, text in host.get_fact(PacketFilter).items():
+        without = "\n".join(line for line in text.splitlines() if f'"quietport: {OPENED_WHY}"' not in line)
+        if lets_strangers_in(text, port=port) and not lets_strangers_in(without, port=port):
+            found.append(
+                f"over IPv{family} only the rule of `quietport open` lets anybody in at port {port}, and it "
+                f"ends with this run: see `{PROGRAMS[int(family)]} -S` there, take away what keeps strangers "
+                "out, and run again"
+            )
+    return found
 
 
 @operation()

@@ -11,6 +11,8 @@ from typing import cast
 from quietport import __version__
 from quietport.errors import UNKNOWN, USAGE, HostProgramError, printable
 
+# 128 and SIGINT, as a shell has it.
+INTERRUPTED = 130
 PROGRAMS = {
     "ports": ("quietport.ports_cli", "what listens, who can reach it, and whether that may be"),
     "doctor": ("quietport.doctor.cli", "is this host as declared, and what to do where it is not"),
@@ -61,6 +63,9 @@ def _run(name: str, argv: list[str]) -> int:
         # Whoever read us has gone (`| head`); without this Python complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNKNOWN
+    except KeyboardInterrupt:
+        print(f"quietport {name}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
     except Exception:  # a crash means that nothing was found out, never that something was found
         import traceback  # every program would pay for it
 

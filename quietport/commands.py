@@ -12,6 +12,9 @@ from quietport.errors import HostProgramError
 # Ours, not the caller's: a timer, sudo and a unit each have another, and messages are parsed in C.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
+# What is said of a program that is not there.
+NOT_INSTALLED = "is not installed"
+
 
 @dataclass(frozen=True)
 class Done:
@@ -49,7 +52,7 @@ def run(argv: Sequence[str], *, stdin: str = "", timeout: float = 30) -> Done:
             env=_ENVIRONMENT,
         )
     except FileNotFoundError as error:
-        raise HostProgramError(f"{argv[0]} is not installed.") from error
+        raise HostProgramError(f"{argv[0]} {NOT_INSTALLED}.") from error
     except OSError as error:
         raise HostProgramError(f"{argv[0]} cannot be run: {error.strerror}.") from error
     except subprocess.TimeoutExpired as error:

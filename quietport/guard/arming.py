@@ -8,6 +8,7 @@ import secrets
 import stat
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from quietport import guardlock, sshd, sshd_apply
@@ -75,6 +76,9 @@ def _arm(machine: Machine, *, timeout: int, by: str, confirm_over: str, program:
         )
         state.write_armed(machine, armed)
     except BaseException as error:
+        # First: written or not, it must not name a snapshot that is gone.
+        with suppress(OSError):
+            state.remove_armed(machine)
         if scheduled:
             unschedule(machine, token)
         state.clear(machine)

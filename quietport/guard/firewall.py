@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from quietport import admission
+from quietport.commands import NOT_INSTALLED
 from quietport.guard.machine import GuardError, Machine
 
 UFW_INIT = "/lib/ufw/ufw-init"
@@ -84,14 +86,23 @@ def parse(text: str) -> Family:
 
 
 def look(machine: Machine) -> Firewall:
-    """The firewall as the kernel has it. A host without iptables has none."""
+    """The firewall as the kernel has it. A host without iptables has none.
+
+    Raises GuardError when it cannot be read: an active one would be taken for none, and switched off.
+    """
     families = {}
     for family, program in _SAVE.items():
         done = machine.run([program, "-t", "filter"], timeout=_TIMEOUT_S)
         if done.code == 0:
             families[family] = parse(done.out)
+        elif NOT_INSTALLED not in done.err and (family == "ipv4" or _has_ipv6(machine)):
+            raise GuardError(f"the firewall cannot be read: {program}: {done.complaint}")
     active = _SIGN in families.get("ipv4", Family()).chains
     return Firewall(active=active, families=families)
+
+
+def _has_ipv6(machine: Machine) -> bool:
+    return 6 in admission.families(machine.path("/proc/net/if_inet6"))
 
 
 def differences(old: Firewall, new: Firewall) -> list[str]:

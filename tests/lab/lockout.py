@@ -387,7 +387,8 @@ class Bench:
                 """Seconds until the host must be in one of two states; one that was resumed arms later."""
                 return (watch.armed_at or struck) + TIMEOUT_S + grace - time.monotonic()
 
-            self._wait_until_unarmed(left)
+            # A second controller may have armed meanwhile, for longer.
+            late = self._wait_until_unarmed(left) and other is None
             done = run.finish(max(0.0, left()) + 2 * GRACE_S)
             armed = watch.armed_at is not None
             if other is not None:
@@ -402,7 +403,7 @@ class Bench:
                     done, armed = second, False
                 elif second.code != 0 and not refused:
                     result.failures.append(f"the second controller: {closing(second, self.name)}")
-            late = self._wait_until_unarmed(left)
+            late = self._wait_until_unarmed(left) or late
             result.settled = round(time.monotonic() - (watch.armed_at or struck), 1)
             self._log(f"{one.number}.txt", run.text + (f"\n--- second\n{other.text}" if other else ""))
             killed = done.code < 0

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from pyinfra.api.command import FunctionCommand
+from pyinfra.api.exceptions import FactProcessError
 from pyinfra.connectors.util import CommandOutput, OutputLine
 
 from control import guard as there
 from control.connector import Unanswered
 from control.errors import ReachError
 from control.proof import Proof
+from facts.guard import Guard
 from operations import guard, proven
 
 ARMED = json.dumps({"schema": 1, "token": "a1b2", "since": "2026-11-21 10:02:11", "left_s": 120})
@@ -93,9 +95,10 @@ def test_it_is_armed_once_a_transaction(host: FakeHost) -> None:
     assert armed.token == "a1b2"
 
 
-def test_a_host_without_the_program_goes_without(host: FakeHost) -> None:
+def test_nothing_risky_is_done_without_a_guard(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
     host.installed = False
-    assert arm(host)
+    assert not arm(host)
+    assert "vps1: failed: `quietport guard status` does not answer there" in caplog.text
     assert host.asked == []
     assert there.armed("vps1") is None
 
@@ -210,3 +213,10 @@ def test_a_step_of_its_own_is_proven_by_the_login_alone(host: FakeHost, proofs: 
     command = FunctionCommand(guard.proven, (), {})
     assert command.function(None, host, *command.args)
     assert len(proofs["confirmed"]) == 1
+
+
+def test_a_guard_that_is_armed_and_does_not_answer_is_not_one_that_is_not_there() -> None:
+    failed = ["##status", "|", "|3", "##left", "|", "|0"]
+    with pytest.raises(FactProcessError, match="a guard is armed there"):
+        Guard().process(failed)
+    assert Guard().process([*failed[:-1], "|1"]) == {"installed": False, "armed": None}
