@@ -38,10 +38,11 @@ mkdir -p $(dirname {FOREIGN_DROP_IN})
 printf '[Service]\\nNice=5\\n' >{FOREIGN_DROP_IN}
 systemctl daemon-reload"""
 # What is due once a day may come at any moment, so it comes now. (Not an upgrade of packages: that would be
-# another host.) The last line: they did what they do.
+# another host.) The report fails for what the story has published. The last line: they did what they do.
 A_DAY_OF_TIMERS = """listed=$(systemctl list-units --all --type=timer --plain --no-legend | cut -d' ' -f1)
 for timer in $listed; do
-  case $timer in apt-daily*) ;; *) systemctl start "$(systemctl show -P Triggers "$timer")" || exit;; esac
+  unit=$(systemctl show -P Triggers "$timer")
+  case $timer in apt-daily*) ;; *) systemctl start "$unit" || systemctl reset-failed "$unit";; esac
 done
 test -e /var/backups/dpkg.status.0 && test -e /var/lib/quietport/ports.json"""
 LOGS = (("ip", "ufw"), ("ip6", "ufw6"))
