@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from control import asking, outside, ports, proof
@@ -150,8 +150,10 @@ def examine(name: str) -> Row:
         return Row(name, tailnet, _public_side(name, frozenset(), []), error=error)
     with session:
         report, error = _report(session)
-        listening, links = _listening(session), _links(session)
-    return Row(name, tailnet, _public_side(name, listening, links), session.way, report, error)
+        listening = _listening(session)
+        links, untold = _links(session)
+    public = _public_side(name, listening, links, untold)
+    return Row(name, tailnet, public, session.way, report, error)
 
 
 def _enter(name: str) -> tuple[Session | None, Tailnet, str]:
@@ -189,6 +191,9 @@ def _fits(document: dict[str, Any], code: int) -> bool:
     checks = document["checks"]
     if not (isinstance(checks, list) and checks and all(map(_is_check, checks))):
         return False
+    # It is printed again with --json, within what is said of every host.
+    if not _is_shallow(document):
+        return False
     statuses = {one["status"] for one in checks}
     state = document["state"]
     worst = "fail" if "FAIL" in statuses else "warn" if "WARN" in statuses else "pass"
@@ -201,6 +206,12 @@ def _is_check(one: Any) -> bool:
     return texts and one["status"] in get_args(Status)
 
 
+def _is_shallow(value: Any, levels: int = 16) -> bool:
+    """Whether values lie in each other at most so deep: a report has three levels, JSON may have hundreds."""
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(one, levels - 1) for one in within)
+
+
 def _listening(session: Session) -> frozenset[int]:
     """The TCP ports that the host itself says something listens at; none where it does not say."""
     try:
@@ -211,28 +222,43 @@ def _listening(session: Session) -> frozenset[int]:
     return frozenset(port for port in found if type(port) is int and 0 < port < 65536)
 
 
-def _links(session: Session) -> list[Any]:
-    """What `ip` on the host says of its global addresses; nothing where it does not say."""
+def _links(session: Session) -> tuple[list[Any], str]:
+    """What `ip` on the host says of its global addresses, nothing where it does not say; and the sentence
+    about an answer that is none."""
     try:
-        links = json.loads(session.run(LINKS, timeout=LINKS_TIMEOUT_S).stdout)
-    except (*_TROUBLE, ValueError):
-        return []
-    return [one for one in links if isinstance(one, dict)] if isinstance(links, list) else []
+        printed = session.run(LINKS, timeout=LINKS_TIMEOUT_S).stdout
+    except _TROUBLE:
+        return [], ""
+    try:
+        said = json.loads(printed)
+        if not isinstance(said, list):
+            raise ValueError("no list of links")
+        links = [one for one in said if isinstance(one, dict)]
+        outside.own_addresses(session.name, links)
+    except (QuietportError, ValueError, RecursionError):
+        return [], "It could not tell its own addresses: what `ip` says there is not understood."
+    return links, ""
 
 
-def _public_side(name: str, listening: Iterable[int], links: list[Any]) -> PublicSide:
+def _public_side(name: str, listening: Iterable[int], links: list[Any], untold: str = "") -> PublicSide:
     """Connect from outside to the usual ports, and to those that something on the host listens at.
 
-    sshd counts connections without a login (PerSourcePenalties of sshd_config(5)): it is one an address.
+    `untold`: why addresses of its own are not among them; then it is not called closed. sshd counts
+    connections without a login (PerSourcePenalties of sshd_config(5)): it is one an address.
     """
     try:
         settings = settings_for(name)
         numbers = {*parse_ports(WELL_KNOWN), settings.port, public_route(name).port, *listening}
         asked = ",".join(str(number) for number in sorted(numbers))
         targets = outside.addresses(name, links)
-        return outside.judge(settings, outside.look(name, targets, ports=asked, timeout=SCAN_TIMEOUT_S))
+        seen = outside.look(name, targets, ports=asked, timeout=SCAN_TIMEOUT_S)
+        side = outside.judge(settings, seen)
     except (*_TROUBLE, ValueError) as error:
         return PublicSide("unknown", reason=asking.why(name, error))
+    if not untold:
+        return side
+    reason = f"{side.reason} {untold}".strip()
+    return replace(side, state="open" if side.open else "unknown", reason=reason)
 
 
 def text(rows: Sequence[Row]) -> str:

@@ -93,17 +93,27 @@ def addresses(name: str, links: Iterable[Any] = ()) -> list[str]:
 
     `links` is what `ip -j addr show scope global` says on the host, empty when it was not asked. A declared
     address behind a proxy of ~/.ssh/config is left out: it means something at the other end of it.
-    Raises QuietportError for a name that cannot be resolved.
+    Raises QuietportError for a name that cannot be resolved, or links that are not understood.
     """
     route = reach.public_route(name)
     found = {} if route.proxy else dict.fromkeys(_resolved(name, route.address))
-    for link in links:
-        if link.get("ifname") == TAILNET_INTERFACE:
-            continue
-        own = [parse_address(entry["local"]) for entry in link.get("addr_info", []) if "local" in entry]
-        # Private ones are reachable for neighbours only, and not from here.
-        found |= dict.fromkeys(str(address) for address in own if address.is_global)
-    return list(found)
+    return list(found | dict.fromkeys(own_addresses(name, links)))
+
+
+def own_addresses(name: str, links: Iterable[Any]) -> list[str]:
+    """The global addresses in what `ip` says on the host. Raises QuietportError when it is not understood."""
+    try:
+        local = [
+            parse_address(entry["local"])
+            for link in links
+            if link.get("ifname") != TAILNET_INTERFACE
+            for entry in link.get("addr_info", [])
+            if "local" in entry
+        ]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise QuietportError(f"{name}: what `ip` says of its addresses is not understood.") from error
+    # Private ones are reachable for neighbours only, and not from here.
+    return [str(address) for address in local if address.is_global]
 
 
 def look(

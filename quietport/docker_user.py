@@ -33,6 +33,7 @@ MARK = "-m comment --comment quietport"
 # Where a rule goes wrong, another program may just have changed the table under us.
 ATTEMPTS = 5
 LOCK_WAIT_S = "10"
+_CLOSED = re.compile(r" -p (\w+) -m \w+ --dport (\S+) .*-j DROP$")
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,12 @@ def rules_in(listing: str, chain: str) -> list[str]:
     return [line.strip() for line in listing.splitlines() if line.startswith(f"-A {chain} ")]
 
 
+def ports_in(place: Place, listing: str) -> tuple[Port, ...]:
+    """The ports that our rules close in a place now."""
+    held = [rule for rule in rules_in(listing, place.chain) if is_ours(rule)]
+    return tuple(sorted({Port(*found) for rule in held for found in _CLOSED.findall(rule)}))
+
+
 def is_ours(rule: str) -> bool:
     """Whether `rule` carries our mark and not merely a comment that contains it."""
     return re.search(r"--comment \"?quietport\"?( |$)", rule) is not None
@@ -227,14 +234,17 @@ def refusal(backend: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 when the chains are as wanted, 1 when they are not (and cannot be made so) or refused."""
+    """Exit code 0 when the chains are as wanted, 1 when they are not (and cannot be made so) or refused.
+
+    Where it cannot be read what containers publish, that is told and the chains are made all the same.
+    """
     parser = argparse.ArgumentParser(prog="quietport docker-user", description="Keep the public side away.")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 when not as wanted")
     options = parser.parse_args(argv)
     if options.check:
         found = [fault.sentence for fault in faults()]
     else:
-        ports = _ports_to_close()
+        ports = _ports_to_close_if_known()
         places = [(program, place) for program in _programs() for place in PLACES]
         found = [line for program, place in places for line in _settle(program, place, ports)]
     for problem in found:
@@ -247,7 +257,7 @@ def faults(*, timeout: float = 30) -> list[Fault]:
 
     Raises HostProgramError, with PROBLEM where Docker has no chain that could be held.
     """
-    ports = _ports_to_close()
+    ports = published(_host_configs(_data_root()))
     found: list[Fault] = []
     for program in _programs():
         listings = {table: _listing(program, table, timeout=timeout) for table in {p.table for p in PLACES}}
@@ -272,32 +282,53 @@ def is_late(place: Place, listing: str) -> bool:
     )
 
 
-def _ports_to_close() -> tuple[Port, ...]:
-    """What containers publish here. Raises HostProgramError (PROBLEM) where there is no chain to close it."""
+def _data_root() -> Path:
+    """Where Docker keeps its containers. Raises HostProgramError (PROBLEM) where no chain can be held."""
     daemon_json, command_line = _daemon_json(), _command_line()
     sentence = refusal(backend_of(daemon_json, command_line))
     if sentence:
         raise HostProgramError(sentence, code=PROBLEM)
-    return published(_host_configs(data_root_of(daemon_json, command_line)))
+    return data_root_of(daemon_json, command_line)
+
+
+def _ports_to_close_if_known() -> tuple[Port, ...] | None:
+    """What containers publish; None, and a line about it, where that cannot be read. Raises as _data_root."""
+    data_root = _data_root()
+    try:
+        return published(_host_configs(data_root))
+    except HostFileError as error:
+        # docker.service requires the unit: an engine that does not start would help nobody.
+        print(f"quietport docker-user: the ports that containers publish are not known: {error}")
+        return None
 
 
 def _host_configs(data_root: Path) -> Iterator[Mapping[str, Any]]:
-    """What Docker has written down of each container; nothing where there is none."""
+    """What Docker has written down of each container; nothing where there is none. Raises HostFileError."""
     try:
-        folders = sorted((data_root / "containers").iterdir())
-    except OSError:
+        # Docker follows a link to another disk too; below that path none is followed.
+        folder = (data_root / "containers").resolve()
+        containers = sorted(one for one in folder.iterdir() if not one.is_file())
+    except FileNotFoundError:
         return
-    for folder in folders:
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise HostFileError(f"{data_root}/containers cannot be read: {why}.") from error
+    for container in containers:
         # One that is just being removed, or half made, publishes nothing.
-        with suppress(HostFileError, ValueError):
-            config = json.loads(read_bytes(folder / "hostconfig.json"))
+        with suppress(HostFileMissingError, ValueError):
+            config = json.loads(read_bytes(container / "hostconfig.json"))
             if isinstance(config, dict):
                 yield config
 
 
-def _settle(program: str, place: Place, ports: Sequence[Port] = ()) -> list[str]:
-    """Bring one table of one family to what is wanted; returns what is still wrong."""
+def _settle(program: str, place: Place, ports: Sequence[Port] | None = ()) -> list[str]:
+    """Bring one table of one family to what is wanted; returns what is still wrong.
+
+    Where the ports are not known (None), those that are closed stay closed.
+    """
     listing = _listing(program, place.table)
+    if ports is None:
+        ports = ports_in(place, listing)
     found = problems(place, listing, ports)
     complaint = ""
     for _ in range(ATTEMPTS):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -60,20 +60,35 @@ def main(argv: list[str]) -> int:
     rows = everything(declared) if options.record else now(declared, at)
     document = report(rows, at)
     text = table(rows, name=name_of(declared), at=at)
-    if options.record:
-        history.keep(document, at)
+    # A disk that is full or broken keeps nothing, and that is what somebody must be told.
+    problems = _failing(lambda: history.keep(document, at)) if options.record else []
     print(json.dumps(document) if options.json else text)
     state = state_of(rows)
     if not options.record:
         return exit_code(state)
-    command = [str(word) for word in declared.get(NOTIFY_COMMAND) or []]
-    if command and (at_work or converging()):
-        said = AT_WORK
-    else:
-        said = notify.if_changed(command, state, text, name=name_of(declared), at=at)
-    if said and not options.json:
-        print(said)
+
+    def tell() -> None:
+        command = [str(word) for word in declared.get(NOTIFY_COMMAND) or []]
+        if command and (at_work or converging()):
+            said = AT_WORK
+        else:
+            said = notify.if_changed(command, state, text, name=name_of(declared), at=at)
+        if said and not options.json:
+            print(said)
+
+    problems += _failing(tell)
+    if problems:
+        raise HostProgramError(" ".join(problems))
     return FINE
+
+
+def _failing(step: Callable[[], None]) -> list[str]:
+    """Why `step` could not be done; nothing when it was."""
+    try:
+        step()
+    except HostProgramError as error:
+        return [str(error)]
+    return []
 
 
 def everything(declared: Mapping[str, Any]) -> list[Row]:

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from quietport import docker_user
 from quietport.containers import EVERY_ADDRESS
-from quietport.doctor.model import Check, Finding
+from quietport.doctor.model import Check, Finding, keeping
 from quietport.doctor.place import HERE, QUICK_S, Place, by_converge
 from quietport.errors import PROBLEM, HostProgramError, printable
 from quietport.processes import is_running
@@ -76,15 +76,17 @@ def docker(declared: Mapping[str, Any], *, place: Place = HERE, ask: Ask = ask_e
     found = [*_of_unit(unit, declared)]
     if unit.get("ActiveState") != "active":
         return found
-    if not _runs(place):
-        return [*found, _not_running("active, and there is no dockerd")]
-    found += _of_engine(declared, ask)
-    if any(one.reason.startswith(_UNASKED) for one in found):
-        return found
-    containers = _containers(ask)
-    sick = [*_in_trouble((one for one in containers if PROJECT not in _labels(one)), ask)]
+    with keeping(found):
+        if not _runs(place):
+            return [*found, _not_running("active, and there is no dockerd")]
+        found += _of_engine(declared, ask)
+        if any(one.reason.startswith(_UNASKED) for one in found):
+            return found
+        containers = _containers(ask)
+        for sick in _in_trouble((one for one in containers if PROJECT not in _labels(one)), ask):
+            found.append(sick)
     running = sum(one.get("State") == "running" for one in containers)
-    return [*found, *sick] or [Finding("PASS", f"The engine answers; running containers: {running}.")]
+    return found or [Finding("PASS", f"The engine answers; running containers: {running}.")]
 
 
 def compose(declared: Mapping[str, Any], *, place: Place = HERE, ask: Ask = ask_engine) -> list[Finding]:
@@ -100,10 +102,13 @@ def compose(declared: Mapping[str, Any], *, place: Place = HERE, ask: Ask = ask_
     services = [one for one in _containers(ask) if PROJECT in _labels(one)]
     if not services:
         return [Finding("SKIP", "No container of compose is here.")]
-    sick = [*_in_trouble((one for one in services if _labels(one).get(ONE_OFF) != "True"), ask)]
+    found: list[Finding] = []
+    with keeping(found):
+        for sick in _in_trouble((one for one in services if _labels(one).get(ONE_OFF) != "True"), ask):
+            found.append(sick)
     projects = {_labels(one)[PROJECT] for one in services}
     shown = ", ".join(sorted(printable(str(name), limit=60) for name in projects))
-    return sick or [Finding("PASS", f"Every service is well: {shown}.")]
+    return found or [Finding("PASS", f"Every service is well: {shown}.")]
 
 
 def shielded(
@@ -124,13 +129,14 @@ def shielded(
     if (unit.get("ActiveState"), unit.get("UnitFileState")) != ("active", "enabled"):
         reason = f"{CHAIN_UNIT} is {unit.get('ActiveState')} and {unit.get('UnitFileState')}."
         found.append(Finding("FAIL", reason, f"`systemctl enable --now {CHAIN_UNIT}`."))
-    try:
-        wrong = faults()
-    except HostProgramError as error:
-        if error.code != PROBLEM:
-            raise
-        step = f"Then `systemctl restart {SERVICE}`. {by_converge(declared)}"
-        return [*found, Finding("FAIL", str(error), step)]
+    with keeping(found):
+        try:
+            wrong = faults()
+        except HostProgramError as error:
+            if error.code != PROBLEM:
+                raise
+            step = f"Then `systemctl restart {SERVICE}`. {by_converge(declared)}"
+            return [*found, Finding("FAIL", str(error), step)]
     again = f"`systemctl reload-or-restart {CHAIN_UNIT}`."
     found += [Finding("WARN" if one.late else "FAIL", f"{one.sentence}.", again) for one in wrong]
     everywhere = _on_every_address(_containers(ask)) if not found and _runs(place) else []

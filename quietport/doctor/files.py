@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from quietport.doctor.model import Check, Finding
+from quietport.doctor.model import Check, Finding, keeping
 from quietport.doctor.place import HERE, Place, by_converge, names_of
 from quietport.errors import printable
 from quietport.hostfile import PRIVATE_FILES
@@ -48,10 +48,11 @@ def secrets(declared: Mapping[str, Any], *, place: Place = HERE, owner: Owner = 
     if not paths:
         return [Finding("SKIP", "No secret is declared.")]
     found: list[Finding] = []
-    for folder in sorted({str(Path(path).parent) for path in paths}):
-        found += _folder(folder, declared, place, owner)
-    for path in paths:
-        found += _secret(path, declared, place, owner)
+    with keeping(found):
+        for folder in sorted({str(Path(path).parent) for path in paths}):
+            found += _folder(folder, declared, place, owner)
+        for path in paths:
+            found += _secret(path, declared, place, owner)
     return found or [Finding("PASS", f"Each is for root alone; secrets: {len(paths)}.")]
 
 
@@ -128,14 +129,15 @@ def sessions(
     if not users:
         return [Finding("SKIP", "No agent is declared.")]
     found: list[Finding] = []
-    for user in users:
-        try:
-            entry = account(user)
-        except KeyError:
-            found.append(Finding("FAIL", f"There is no account {user}.", by_converge(declared)))
-            continue
-        found += _runtime(user, entry.pw_uid, place)
-        found += islice(_root(entry, declared), MAX_FINDINGS)
+    with keeping(found):
+        for user in users:
+            try:
+                entry = account(user)
+            except KeyError:
+                found.append(Finding("FAIL", f"There is no account {user}.", by_converge(declared)))
+                continue
+            found += _runtime(user, entry.pw_uid, place)
+            found += islice(_root(entry, declared), MAX_FINDINGS)
     return found or [Finding("PASS", f"Private to each agent: {', '.join(users)}.")]
 
 

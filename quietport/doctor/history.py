@@ -52,13 +52,13 @@ def keep(document: Mapping[str, Any], at: datetime, *, folder: Path = FOLDER) ->
 
 def prune(at: datetime, *, folder: Path = FOLDER) -> None:
     """Remove the results from before the last 30 days. Raises HostProgramError."""
-    for file in (folder / RUNS).iterdir():
-        moment = _stamped(file)
-        if moment is not None and at - moment > KEPT:
-            try:
+    try:
+        for file in (folder / RUNS).iterdir():
+            moment = _stamped(file)
+            if moment is not None and at - moment > KEPT:
                 file.unlink(missing_ok=True)
-            except OSError as error:
-                raise HostProgramError(f"{file} cannot be removed: {error.strerror}.") from error
+    except OSError as error:
+        raise HostProgramError(f"{error.filename} cannot be pruned: {error.strerror}.") from error
 
 
 def _stamped(file: Path) -> datetime | None:
@@ -74,7 +74,7 @@ def _stamped(file: Path) -> datetime | None:
 def told(checks: Sequence[Check], at: datetime, *, folder: Path = FOLDER) -> dict[str, list[Row]]:
     """Check = its rows of the last result that was kept, for checks that take too long to run now.
 
-    An old result is a warning, and what was wrong then is believed to be still.
+    An old result is a warning; what was wrong then, or could not be told, is believed to be so still.
     """
     try:
         document = latest(folder)
@@ -92,4 +92,5 @@ def _told(name: str, kept: Sequence[Row], at: datetime) -> list[Row]:
     if moment is not None and -AHEAD <= at - moment <= OLD:
         return rows
     why = f"Looked at last on {rows[0].at}, which is not within the last {OLD.seconds // 3600} hours."
-    return [row(name, Finding("WARN", why, LOOK_AGAIN), at), *(one for one in rows if one.status == "FAIL")]
+    still = [one for one in rows if one.status == "FAIL" or not one.told]
+    return [row(name, Finding("WARN", why, LOOK_AGAIN), at), *still]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quietport.docker_user import DAEMON_JSON, data_root_of
-from quietport.doctor.model import Check, Finding
+from quietport.doctor.model import Check, Finding, keeping
 from quietport.doctor.place import HERE, LATEST, LOOK_AGAIN, Place
 from quietport.errors import HostProgramError, printable
 from quietport.hostfile import HostFileError, HostFileMissingError, read_bytes, read_json
@@ -173,14 +173,11 @@ def clock(
     """The clock is set by somebody, and it is not before what was written down by it."""
     ahead = _ahead(place)
     contained = is_container(place)
-    synchronised = None if contained else _synchronised(place, error)
+    with keeping([_jumped(ahead, place, right=contained)] if ahead > AHEAD_S else []):
+        synchronised = None if contained else _synchronised(place, error)
     found = []
     if ahead > AHEAD_S:
-        reason = (
-            f"The last result of the doctor is of a time {_long(ahead)} from now: the clock is wrong, or was."
-        )
-        right = "" if contained or synchronised else f"{_to_set(place)}. Wait until the clock is right. Then "
-        found.append(Finding("FAIL", reason, f"{right}{LOOK_AGAIN}."))
+        found.append(_jumped(ahead, place, right=contained or synchronised is True))
     elif synchronised is False:
         reason = "Nobody sets the clock (it is not synchronised)."
         found.append(Finding("WARN", reason, f"{_to_set(place)}; it takes a minute."))
@@ -189,6 +186,13 @@ def clock(
     if contained:
         return [Finding("SKIP", "A container has the clock of the machine it runs on.")]
     return [Finding("PASS", "The clock is synchronised.")]
+
+
+def _jumped(ahead: float, place: Place, *, right: bool) -> Finding:
+    when = f"of a time {_long(ahead)} from now"
+    first = "" if right else f"{_to_set(place)}. Wait until the clock is right. Then "
+    reason = f"The last result of the doctor is {when}: the clock is wrong, or was."
+    return Finding("FAIL", reason, f"{first}{LOOK_AGAIN}.")
 
 
 def is_container(place: Place) -> bool:

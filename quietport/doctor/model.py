@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from quietport.errors import HostProgramError
 
 Status = Literal["PASS", "WARN", "FAIL", "SKIP"]
 
@@ -26,10 +29,31 @@ class Finding:
 class Check:
     """A check and its name in the table, the JSON, and the docs.
 
-    `look` gets what host.json declares. It may raise HostProgramError: then it could not tell. A `slow` one
-    needs more than a moment or the network; the timer runs it, and `quietport doctor` reads what that found.
+    `look` gets what host.json declares. It may raise HostProgramError: then it could not tell, or, with a
+    CutShortError, not everything. A `slow` one needs more than a moment or the network; the timer runs it,
+    and `quietport doctor` reads what that found.
     """
 
     name: str
     look: Callable[[Mapping[str, Any]], list[Finding]]
     slow: bool = False
+
+
+class CutShortError(HostProgramError):
+    """A check could not tell the rest, because of `why`; `found` is what it had found by then."""
+
+    def __init__(self, why: Exception, found: Sequence[Finding]) -> None:
+        self.why = why
+        self.found = tuple(found)
+        super().__init__(str(why))
+
+
+@contextmanager
+def keeping(found: Sequence[Finding]) -> Iterator[None]:
+    """What is in `found` when the block cannot go on is told all the same. Raises CutShortError then."""
+    try:
+        yield
+    except Exception as error:
+        if not found:
+            raise
+        raise CutShortError(error, found) from error

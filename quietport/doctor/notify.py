@@ -7,11 +7,14 @@ once the command has succeeded, so a change that nobody was told of is told at t
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
-from quietport.commands import Done, run
+from quietport.commands import Done
 from quietport.doctor.place import FOLDER
 from quietport.doctor.run import State, text_of
 from quietport.errors import HostProgramError, printable
@@ -22,8 +25,42 @@ LIMIT_S = 60.0
 # Before the first of all results.
 NEVER = "never looked"
 _STATES = ("pass", "warn", "fail", "unknown")
+# As host programs have it (quietport/commands.py).
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+_LAST_WORDS = 4096
 
 Runner = Callable[..., Done]
+
+
+def run_alone(argv: Sequence[str], *, stdin: str, timeout: float) -> Done:
+    """Run `argv` for at most `timeout` seconds; what it leaves running is not waited for.
+
+    Of what it says the end is kept. Raises HostProgramError when it is missing or takes too long.
+    """
+    try:
+        # In memory: a pipe ends with the last process that holds it, and a disk that is full takes nothing.
+        with _memory("out") as out, _memory("err") as err:
+            done = subprocess.run(
+                argv,
+                input=stdin.encode(),
+                stdout=out,
+                stderr=err,
+                timeout=timeout,
+                check=False,
+                env=ENVIRONMENT,
+            )
+            return Done(done.returncode, _end_of(out), _end_of(err))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HostProgramError(f"{argv[0]} cannot be run, or took longer than {timeout:g} s.") from error
+
+
+def _memory(name: str) -> BinaryIO:
+    return os.fdopen(os.memfd_create(name), "r+b")
+
+
+def _end_of(stream: BinaryIO) -> str:
+    size = os.fstat(stream.fileno()).st_size
+    return os.pread(stream.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS)).decode(errors="replace")
 
 
 def last_told(folder: Path = FOLDER) -> str:
@@ -47,7 +84,7 @@ def if_changed(
     name: str,
     at: datetime,
     folder: Path = FOLDER,
-    runner: Runner = run,
+    runner: Runner = run_alone,
 ) -> str:
     """Run `command` (argv) with `text` on standard input if `state` is not the one that was told last.
 

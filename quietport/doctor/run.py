@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
 
-from quietport.doctor.model import Check, Finding, Status
+from quietport.doctor.model import Check, CutShortError, Finding, Status
 from quietport.errors import FINE, PROBLEM, UNKNOWN, HostProgramError, printable
 
 SCHEMA = 1
@@ -96,11 +96,11 @@ def run(
         try:
             findings = check.look(declared)
             found[check.name] = [row(check.name, finding, at) for finding in findings]
-        except HostProgramError as error:
-            found[check.name] = [unknown(check.name, str(error), at)]
-        except Exception as error:  # a crash means that nothing was found out
-            traceback.print_exc(file=sys.stderr)
-            found[check.name] = [unknown(check.name, f"{type(error).__name__}: {error}", at)]
+        except CutShortError as error:
+            before = [row(check.name, finding, at) for finding in error.found]
+            found[check.name] = [*before, unknown(check.name, _sentence(error.why), at)]
+        except Exception as error:
+            found[check.name] = [unknown(check.name, _sentence(error), at)]
 
     # Daemons: the program ends although one of them hangs.
     threads = [threading.Thread(target=look, args=(check,), daemon=True) for check in checks]
@@ -112,6 +112,14 @@ def run(
     done = dict(found)
     late = f"no answer within {limit_s:g} s."
     return {check.name: done.get(check.name) or [unknown(check.name, late, began)] for check in checks}
+
+
+def _sentence(error: Exception) -> str:
+    """Why a check could not tell. A crash is one: it means that nothing was found out."""
+    if isinstance(error, HostProgramError):
+        return str(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return f"{type(error).__name__}: {error}"
 
 
 def state_of(rows: Iterable[Row]) -> State:
@@ -131,7 +139,7 @@ def exit_code(state: State) -> int:
 
 
 def report(rows: Sequence[Row], at: datetime) -> dict[str, Any]:
-    """The JSON of `quietport doctor --json`: schema, ok (no FAIL, and everything could be told), state, at,
+    """The JSON of `quietport doctor --json`: schema, ok (no FAIL, and no check could not tell), state, at,
     checks (one entry a finding: check, status, reason, next_step, at)."""
     state = state_of(rows)
     return {

@@ -12,7 +12,7 @@ from typing import Any
 
 from quietport import admission
 from quietport.commands import is_installed, run
-from quietport.doctor.model import Check, Finding
+from quietport.doctor.model import Check, CutShortError, Finding
 from quietport.doctor.place import HERE, QUICK_S, by_converge
 from quietport.doctor.run import utc_now
 from quietport.errors import HostProgramError
@@ -83,10 +83,18 @@ def look(declared: Mapping[str, Any]) -> list[Finding]:
     return judge(
         _node(document),
         addresses_on(TAILNET_INTERFACE),
-        preferences.look(HERE, timeout=QUICK_S),
+        _preferences(),
         declared,
         families=admission.families(),
     )
+
+
+def _preferences() -> dict[str, Any] | None:
+    """None when tailscaled does not tell them, or not in time."""
+    try:
+        return preferences.look(HERE, timeout=QUICK_S)
+    except HostProgramError:
+        return None
 
 
 def not_running(state: str, declared: Mapping[str, Any]) -> Finding:
@@ -128,7 +136,8 @@ def judge(
         why = f"{', '.join(missing)} is not on {TAILNET_INTERFACE}: nobody reaches the host there."
         found.append(Finding("FAIL", why, _RESTART))
     if prefs is None:
-        raise HostProgramError("tailscaled does not tell its preferences (tailscale debug prefs).")
+        mute = HostProgramError("tailscaled does not tell its preferences (tailscale debug prefs).")
+        raise CutShortError(mute, found)
     for key, value in WANTED.items():
         for option in preferences.options({key: value}, {"RunSSH": False, "ShieldsUp": False, **prefs}):
             step = f"`tailscale set --accept-risk=lose-ssh {option}`"
@@ -153,7 +162,12 @@ def look_at_expiry(declared: Mapping[str, Any]) -> list[Finding]:
     if document is None:
         raise HostProgramError("tailscaled does not answer.")
     node = _node(document)
-    return [judge_expiry(node.get("KeyExpiry"), node.get("Expired") is True, declared, now=utc_now())]
+    expiry, expired = node.get("KeyExpiry"), node.get("Expired") is True
+    state = document["BackendState"]
+    # Logged out or switched off it may know of no key at all, which is not one that never expires.
+    if state != "Running" and not (expiry or expired):
+        raise HostProgramError(f"tailscaled tells no key's expiry while it is not connected (state {state}).")
+    return [judge_expiry(expiry, expired, declared, now=utc_now())]
 
 
 def judge_expiry(expiry: Any, expired: bool, declared: Mapping[str, Any], *, now: datetime) -> Finding:

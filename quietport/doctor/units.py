@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quietport.commands import Done
-from quietport.doctor.model import Check, Finding
+from quietport.doctor.model import Check, Finding, keeping
 from quietport.doctor.place import HERE, Place, by_converge, names_of
 from quietport.errors import HostProgramError, printable
 from quietport.hostfile import TIMERS
@@ -49,9 +49,10 @@ def failed_units(declared: Mapping[str, Any], *, place: Place = HERE) -> list[Fi
     names = parse_failed(place.run([*listing, "--no-pager"]))
     if not names:
         return [Finding("PASS", "No unit has failed.")]
-    shown = place.show(*names, properties=("LoadState", "Transient", "Result"))
-    if len(shown) != len(names):
-        raise HostProgramError("systemctl show does not answer for each unit that failed.")
+    with keeping([_failed(name, {}) for name in names]):
+        shown = place.show(*names, properties=("LoadState", "Transient", "Result"))
+        if len(shown) != len(names):
+            raise HostProgramError("systemctl show does not answer for each unit that failed.")
     return [_failed(name, state) for name, state in zip(names, shown, strict=True)]
 
 

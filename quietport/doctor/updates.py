@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from quietport.doctor.model import Check, Finding
+from quietport.doctor.model import Check, Finding, keeping
 from quietport.doctor.place import LATEST, LOOK_AGAIN, PATIENT, Place, by_converge
 from quietport.errors import HostProgramError, printable
 from quietport.hostfile import HostFileError, read_json
@@ -19,6 +19,9 @@ NAME = "updates"
 # Nothing is locked or fetched; apt works with the lists it has (apt-get(8), --simulate).
 SIMULATE = ("apt-get", "-s", "-q", "-o", "Debug::NoLocking=true", "dist-upgrade")
 SIMULATE_S = 120.0
+# What apt-get leaves as it is has no Inst line; this tells of it too from which archive it would come.
+UPGRADABLE = ("apt", "-q", "list", "--upgradable")
+UPGRADABLE_S = 45.0
 DAY_S = 86400
 LATE_S = 3 * DAY_S
 LISTS = "/var/lib/apt/lists"
@@ -33,7 +36,11 @@ LOOKUP_S = 5.0
 _INSTALL = re.compile(r"Inst (?P<name>\S+) (?:\[[^\]]*\] )?\((?P<version>\S+) (?P<origins>[^()]*)\)")
 # Debian's label, and the archives of Debian and Ubuntu (bookworm-security, noble-security).
 _SECURITY = re.compile(r"(^|, )(Debian-Security:|[^,]*/\S*-security\b)")
-_SUMMARY = re.compile(r"^\d+ upgraded, \d+ newly installed, \d+ to remove", re.MULTILINE)
+_SUMMARY = re.compile(
+    r"^\d+ upgraded, \d+ newly installed, \d+ to remove and (?P<left>\d+) not upgraded", re.MULTILINE
+)
+_ARCHIVE = re.compile(r"-security(,|$)")
+_UPGRADABLE = re.compile(r"^(?P<name>[^\s/]+)/(?P<archives>\S+) \S+ \S+ \[upgradable from: ", re.MULTILINE)
 _SINCE = re.compile(r"pending since (\S+?)[,:;.]?(?= |$)")
 
 
@@ -43,12 +50,16 @@ def updates(declared: Mapping[str, Any], *, place: Place = PATIENT) -> list[Find
     Since when one waits is read from what the timer found last: a check keeps nothing itself.
     """
     found = [*_lists(place)]
-    done = place.run(SIMULATE, timeout=SIMULATE_S)
-    if done.code != 0:
-        raise HostProgramError(f"apt-get cannot tell what it would upgrade: {printable(done.complaint)}")
-    waiting = parse_simulation(done.out)
-    if waiting:
-        found.append(_waiting(waiting, place))
+    with keeping(found):
+        done = place.run(SIMULATE, timeout=SIMULATE_S)
+        if done.code != 0:
+            raise HostProgramError(f"apt-get cannot tell what it would upgrade: {printable(done.complaint)}")
+        waiting = parse_simulation(done.out)
+        if waiting:
+            found.append(_waiting(waiting, place))
+        held = _held_back(place, waiting) if leaves_some(done.out) else []
+        if held:
+            found.append(_held(held))
     return found or [Finding("PASS", "No security update waits.")]
 
 
@@ -71,13 +82,57 @@ def parse_simulation(text: str) -> list[str]:
     return names
 
 
+def leaves_some(text: str) -> bool:
+    """Whether SIMULATE leaves packages as they are for which there is something newer.
+
+    It takes everything it can. What is left is on hold, does not fit, or is an update that is rolled out by
+    and by: whether one of them is a security update it does not say.
+    """
+    match = _SUMMARY.search(text)
+    return match is not None and int(match["left"]) > 0
+
+
+def parse_upgradable(text: str) -> list[str]:
+    """The packages for which there is a security update, in what UPGRADABLE prints while there is any update.
+
+    Raises HostProgramError for text that names none at all.
+    """
+    found = [*_UPGRADABLE.finditer(text)]
+    if not found:
+        raise HostProgramError("apt list --upgradable printed what is not understood.")
+    names = [one["name"] for one in found if _ARCHIVE.search(one["archives"])]
+    return [printable(name, limit=80) for name in dict.fromkeys(names)]
+
+
+def _held_back(place: Place, waiting: Iterable[str]) -> list[str]:
+    """The packages whose security update apt-get would not install."""
+    done = place.run(UPGRADABLE, timeout=UPGRADABLE_S)
+    if done.code != 0:
+        raise HostProgramError(f"apt cannot tell what it holds back: {printable(done.complaint)}")
+    # apt-get writes `libc6:i386` where apt has a column for the architecture.
+    comes = {name.partition(":")[0] for name in waiting}
+    return [name for name in parse_upgradable(done.out) if name not in comes]
+
+
+def _held(names: Sequence[str]) -> Finding:
+    step = (
+        "`apt-mark showhold` says what is on hold, `apt list --upgradable` what waits: let go of it, or "
+        f"upgrade it by its name. Then {LOOK_AGAIN}."
+    )
+    return Finding("WARN", f"Security updates are held back: {_shown(names)}.", step)
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
 def _waiting(names: list[str], place: Place) -> Finding:
     now = place.wall()
     since = _pending_since(place, now)
     late = now - since >= LATE_S
     at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    reason = f"Security updates pending since {at}: {', '.join(names[:SHOWN])}{more}."
+    reason = f"Security updates pending since {at}: {_shown(names)}."
     install = "unattended-upgrade" if place.path(UNATTENDED).exists() else "apt-get -y dist-upgrade"
     step = f"`apt-get update`, then `{install}`. Then {LOOK_AGAIN}."
     return Finding("FAIL" if late else "WARN", reason, step)

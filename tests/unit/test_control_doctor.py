@@ -278,6 +278,8 @@ def test_json(ask: Ask) -> None:
         (printed("unknown", PASS, FAIL), "not understood"),
         (printed("fail", PASS), "not understood"),
         (printed("fail", FAIL, code=0), "not understood"),
+        (Result(0, b"[" * 100_000, b""), "not understood"),
+        (printed("pass", PASS, more=json.loads("[" * 200 + "]" * 200)), "not understood"),
     ],
 )
 def test_what_is_not_an_answer_is_never_fine(says: Result | Exception, words: str, ask: Ask) -> None:
@@ -387,6 +389,40 @@ def test_the_ports_asked_are_the_usual_ones_and_the_hosts_own(ask: Ask) -> None:
     assert ask({"a": mute})[0] == 0
     assert "22" in mute.scanned.split(",")
     assert mute.links_seen == []
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        b"[" * 100_000,
+        b"ip: not found",
+        b"7",
+        b"{}",
+        b'[{"ifname": "e", "addr_info": null}]',
+        b'[{"ifname": "e", "addr_info": [7]}]',
+        b'[{"ifname": "e", "addr_info": ["local"]}]',
+        b'[{"ifname": "e", "addr_info": [{"local": null}]}]',
+        b'[{"ifname": "e", "addr_info": [{"local": "1.2.3"}]}]',
+    ],
+    ids=lambda links: links[:60].decode(),
+)
+def test_what_one_host_says_of_its_addresses_is_its_own_row(links: bytes, ask: Ask) -> None:
+    """And its public side is looked at by what is declared: nobody gets around that by talking nonsense."""
+    odd = Host(links=links)
+    code, out = ask({"a": Host(FAILS), "b": odd, "c": Host()})
+    assert code == 1
+    assert rows(out) == {
+        "a": ["fail", "1", "1", "tailnet", "closed"],
+        "b": ["pass", "0", "0", "tailnet", "not asked everywhere"],
+        "c": ["pass", "0", "0", "tailnet", "closed"],
+    }
+    words = "could not tell its own addresses: what `ip` says there is not understood."
+    assert out.count(words) == 1
+    assert (odd.links_seen, "22" in odd.scanned.split(",")) == ([], True)
+    seen = {ADDRESS: At(open=(22,), source="198.51.100.9")}
+    b = json.loads(ask({"b": Host(links=links, seen=seen)}, "--json")[1])["hosts"]["b"]
+    assert (b["state"], b["public"]["state"]) == ("fail", "open")
+    assert words in b["public"]["reason"]
 
 
 # --- what may be open, by who asks ---
@@ -539,6 +575,9 @@ def test_the_addresses_are_the_declared_and_the_hosts_own(
     declared = [ADDRESS, "2001:db8::7", GLOBAL]
     assert outside.addresses("vps1") == declared
     assert outside.addresses("vps1", links) == [*declared, "2606:4700::5"]
+    for odd in ({"addr_info": None}, {"addr_info": [7]}, {"addr_info": [{"local": []}]}, 7):
+        with pytest.raises(QuietportError, match=r"vps1: what `ip` says of its addresses is not understood"):
+            outside.addresses("vps1", [*links, odd])
     operator.host(address="nowhere.example.org")
     with pytest.raises(QuietportError, match=r"vps1: cannot resolve nowhere\.example\.org: Name or service"):
         outside.addresses("vps1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from quietport.docker_user import (
     rules,
 )
 from quietport.errors import HostProgramError
+from quietport.hostfile import HostFileError
 
 ROOT = Path(__file__).parents[2]
 MANGLE, FILTER, INPUT = PLACES
@@ -113,6 +115,109 @@ def test_what_cannot_be_read_of_a_container_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "containers/d").mkdir()
     assert list(docker_user._host_configs(tmp_path)) == [{"PortBindings": {}}]
     assert list(docker_user._host_configs(tmp_path / "none")) == []
+
+
+def test_data_on_another_disk_is_read_through_the_link(tmp_path: Path) -> None:
+    folder = tmp_path / "disk/docker/containers/a"
+    folder.mkdir(parents=True)
+    (folder / "hostconfig.json").write_text('{"PortBindings": {}}')
+    (tmp_path / "docker").symlink_to(tmp_path / "disk/docker")
+    assert list(docker_user._host_configs(tmp_path / "docker")) == [{"PortBindings": {}}]
+    # No container, and nothing that Docker minds.
+    (folder.parent / "notes").write_text("somebody's")
+    assert len(list(docker_user._host_configs(tmp_path / "docker"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["writable by others", "a link below", "no directory"])
+def test_containers_that_cannot_be_read_are_not_none(tmp_path: Path, kind: str) -> None:
+    unreadable(tmp_path, kind)
+    with pytest.raises(HostFileError):
+        list(docker_user._host_configs(tmp_path))
+
+
+def unreadable(root: Path, kind: str = "writable by others") -> None:
+    """Docker's data, with one container that publishes 9090."""
+    folder = root / "containers/a"
+    folder.mkdir(parents=True)
+    text = '{"PortBindings": {"80/tcp": [{"HostIp": "", "HostPort": "9090"}]}}'
+    (folder / "hostconfig.json").write_text(text)
+    if kind == "writable by others":
+        folder.chmod(0o777)
+    elif kind == "a link below":
+        folder.rename(root / "a")
+        folder.symlink_to(root / "a")
+    else:
+        folder.parent.rename(root / "elsewhere")
+        folder.parent.write_text("")
+
+
+class Kernel:
+    """Its tables, as iptables shows them and iptables-restore changes them."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[str]] = {"mangle": [], "filter": []}
+
+    def show(self, argv: list[str], *, timeout: float) -> str:
+        return "".join(f"{rule}\n" for rule in self.tables[argv[argv.index("-t") + 1]])
+
+    def restore(self, argv: list[str], *, stdin: str, timeout: float = 30) -> Done:
+        table, chain, *rest, commit = stdin.splitlines()
+        assert commit == "COMMIT"
+        name = chain.removeprefix(":").split()[0]
+        kept = [rule for rule in self.tables[table[1:]] if not rule.startswith(f"-A {name} ")]
+        for line in rest:
+            verb, origin, *words = line.split()
+            if verb == "-A":
+                kept.append(line)
+            elif verb == "-D":
+                kept.remove(" ".join(["-A", origin, *words]))
+            elif verb == "-I":
+                kept.insert(0, " ".join(["-A", origin, *words[1:]]))
+        self.tables[table[1:]] = kept
+        return Done(0, "", "")
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Of a host whose Docker keeps its data below `tmp_path`."""
+    kernel = Kernel()
+    monkeypatch.setattr(docker_user, "_daemon_json", lambda: json.dumps({"data-root": str(tmp_path)}))
+    monkeypatch.setattr(docker_user, "_command_line", lambda: "")
+    monkeypatch.setattr(docker_user, "_programs", lambda: ("iptables",))
+    monkeypatch.setattr(docker_user, "output_of", kernel.show)
+    monkeypatch.setattr(docker_user, "run", kernel.restore)
+    return kernel
+
+
+def test_the_chains_come_up_also_where_published_ports_are_not_known(
+    kernel: Kernel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docker.service requires the unit. That they are not known is said, and no look at it calls it fine."""
+    unreadable(tmp_path)
+    assert main(["docker-user"]) == 0
+    said = capsys.readouterr().out
+    assert "the ports that containers publish are not known: " in said
+    assert "can be written by others (mode 0777)" in said
+    for place in PLACES:
+        assert problems(place, "\n".join(kernel.tables[place.table])) == []
+    assert main(["docker-user", "--check"]) == 3
+    with pytest.raises(HostFileError):
+        docker_user.faults()
+
+
+def test_a_port_that_was_closed_stays_closed_while_ports_are_not_known(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    ports = [Port("tcp", "8000:8010"), Port("udp", "53")]
+    foreign = f"-A {INPUT.chain} -p tcp -m tcp --dport 25 -j DROP"
+    kernel.tables["mangle"] = [*rules(INPUT, ports), foreign]
+    unreadable(tmp_path)
+    assert main(["docker-user"]) == 0
+    assert problems(INPUT, "\n".join(kernel.tables["mangle"]), ports) == []
+    (tmp_path / "containers/a").chmod(0o755)
+    assert main(["docker-user"]) == 0
+    assert problems(INPUT, "\n".join(kernel.tables["mangle"]), [Port("tcp", "9090")]) == []
+    assert main(["docker-user", "--check"]) == 0
 
 
 def test_rules_of_others_stay_behind_ours_and_are_named() -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from quietport import sshd, sshd_apply
 from quietport.containers import Published
 from quietport.doctor import firewall, listeners, ssh, tailnet
-from quietport.doctor.model import Finding
+from quietport.doctor.model import Check, Finding
+from quietport.doctor.run import run, state_of
 from quietport.errors import HostProgramError
 from quietport.hostfile import PUBLIC_NETWORKS, PUBLIC_SSHD
 from quietport.net import Interfaces
@@ -107,6 +108,26 @@ def test_preferences_that_are_not_told_are_not_believed() -> None:
         on_tailnet(prefs=None)
 
 
+@pytest.mark.parametrize("silent", [False, True])
+def test_an_address_that_is_missing_is_told_also_when_preferences_are_not(
+    monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    def mute(machine: object, *, timeout: float) -> None:
+        if silent:
+            raise HostProgramError("tailscale debug prefs took longer than 30 s.")
+
+    monkeypatch.setattr(tailnet, "is_installed", lambda name: True)
+    monkeypatch.setattr(tailnet, "status", lambda: {"BackendState": "Running", "Self": NODE})
+    monkeypatch.setattr(tailnet, "addresses_on", lambda interface: ASSIGNED[:1])
+    monkeypatch.setattr(tailnet.preferences, "look", mute)
+    monkeypatch.setattr(tailnet.admission, "families", lambda: (4, 6))
+    rows = run([Check("tailnet", tailnet.look)], DECLARED)["tailnet"]
+    assert [(one.status, one.told) for one in rows] == [("FAIL", True), ("SKIP", False)]
+    assert "fd7a:115c:a1e0::5 is not on tailscale0" in rows[0].reason
+    assert rows[1].reason.startswith("could not tell: tailscaled does not tell its preferences")
+    assert state_of(rows) == "fail"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"BackendState": 1}', "not json"])
 def test_a_status_that_is_none(text: str) -> None:
     with pytest.raises(HostProgramError):
@@ -162,6 +183,24 @@ def test_a_key_that_has_expired_whatever_its_time_says() -> None:
     assert tailnet.judge_expiry("2026-05-02T00:00:00.123456789Z", False, DECLARED, now=NOW).status == "FAIL"
     with pytest.raises(HostProgramError):
         tailnet.judge_expiry("soon", False, DECLARED, now=NOW)
+
+
+@pytest.mark.parametrize("state", ["NeedsLogin", "Stopped", "NoState", "Starting", "NeedsMachineAuth"])
+def test_a_key_that_nothing_is_known_of_is_not_one_that_never_expires(
+    state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expiry(**node: Any) -> Finding:
+        monkeypatch.setattr(tailnet, "status", lambda: {"BackendState": state, "Self": node})
+        (found,) = tailnet.look_at_expiry(DECLARED)
+        return found
+
+    monkeypatch.setattr(tailnet, "is_installed", lambda name: True)
+    for node in ({}, {"KeyExpiry": None, "Expired": False}):
+        with pytest.raises(HostProgramError, match=rf"no key's expiry .*\(state {state}\)"):
+            expiry(**node)
+    # What it does tell is believed.
+    assert expiry(Expired=True).status == "FAIL"
+    assert expiry(KeyExpiry="2001-01-01T00:00:00Z").status == "FAIL"
 
 
 # --- firewall ---

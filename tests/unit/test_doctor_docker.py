@@ -17,6 +17,9 @@ from quietport import docker_user
 from quietport.docker_user import MARK, PLACES, Fault, Port, is_late, problems, rules
 from quietport.doctor import docker as checks
 from quietport.doctor.docker import ask_engine, compose, docker, shielded, trouble
+from quietport.doctor.model import Check, Finding
+from quietport.doctor.place import Place
+from quietport.doctor.run import Row, run, state_of
 from quietport.errors import PROBLEM, HostProgramError
 from tests.unit.doctor_place import DECLARED, World, commands, only, statuses
 
@@ -228,6 +231,57 @@ def test_the_engine_is_asked_over_its_socket(tmp_path: Path, sent: bytes, value:
         ask_engine("/info", at=str(tmp_path / "none"))
 
 
+# --- cut short ----------------------------------------------------------------------------------------
+
+
+def told(look: Callable[..., list[Finding]], place: Place, **more: Any) -> list[Row]:
+    """The rows of a check that the doctor runs."""
+    check = Check("one", lambda declared: look(declared, place=place, **more))
+    return run([check], WITH_DOCKER)["one"]
+
+
+def cut(rows: list[Row], reason: str) -> None:
+    assert [(one.status, one.told) for one in rows] == [("FAIL", True), ("SKIP", False)], rows
+    assert reason in rows[0].reason
+    assert state_of(rows) == "fail"
+
+
+def test_what_was_found_is_told_also_when_the_engine_falls_silent(world: World) -> None:
+    world.units[checks.SERVICE] = {"UnitFileState": "disabled"}
+
+    def ask(path: str) -> Any:
+        return INFO if path == "/info" else silent(path)
+
+    cut(told(docker, world.place, ask=ask), "it does not start at boot")
+
+
+@pytest.mark.parametrize(("check", "first"), [(docker, ALONE), (compose, WEB)])
+def test_a_container_in_trouble_is_told_also_when_the_next_one_cannot_be(
+    world: World, check: Callable[..., list[Finding]], first: dict[str, Any]
+) -> None:
+    known = engine({**first, "State": "dead"}, {**first, "State": "exited"})
+
+    def ask(path: str) -> Any:
+        return silent(path) if path.endswith("/0123456789abcdef/json") else known(path)
+
+    cut(told(check, world.place, ask=ask), "is dead")
+
+
+def test_a_chain_that_is_not_there_at_boot_is_told_also_when_its_rules_cannot_be(world: World) -> None:
+    world.units[checks.CHAIN_UNIT] = {"UnitFileState": "disabled"}
+
+    def mute() -> list[Fault]:
+        raise HostProgramError("iptables failed.")
+
+    cut(told(shielded, world.place, faults=mute, ask=silent), "active and disabled")
+
+    def refused() -> list[Fault]:
+        raise HostProgramError("Docker makes no firewall rules.", code=PROBLEM)
+
+    rows = told(shielded, world.place, faults=refused, ask=silent)
+    assert [one.status for one in rows] == ["FAIL", "FAIL"]
+
+
 # --- the chain ----------------------------------------------------------------------------------------
 
 
@@ -286,6 +340,20 @@ NEW = (Port("tcp", "8080"),)
 
 def listing(place: docker_user.Place, held: list[str], jump: bool = True) -> str:
     return "\n".join([f"-P {place.origin} ACCEPT", *([place.jump] if jump else []), *held])
+
+
+def test_published_ports_that_cannot_be_read_could_not_be_told(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data/containers/1"
+    folder.mkdir(parents=True)
+    (folder / "hostconfig.json").write_text("{}")
+    folder.chmod(0o777)
+    monkeypatch.setattr(docker_user, "_daemon_json", lambda: json.dumps({"data-root": f"{tmp_path}/data"}))
+    monkeypatch.setattr(docker_user, "_command_line", lambda: "")
+    (one,) = told(shielded, world.place, ask=engine())
+    assert (one.status, one.told) == ("SKIP", False)
+    assert "can be written by others" in one.reason
 
 
 def test_a_new_container_s_port_is_late_and_nothing_else_is() -> None:

@@ -15,7 +15,7 @@ import pytest
 from operations import secret
 from quietport.doctor import files
 from quietport.doctor.files import secrets, sessions
-from quietport.doctor.model import Finding
+from quietport.doctor.model import CutShortError, Finding
 from quietport.sshagent.names import PROGRAM
 from tests.unit.doctor_place import DECLARED, World, commands, only, statuses
 
@@ -94,6 +94,27 @@ def test_what_only_the_converge_puts_back(world: World, kind: str) -> None:
 def test_a_second_name_of_a_secret(world: World) -> None:
     os.link(world.root / PATH.lstrip("/"), world.root / "etc/other")
     assert commands(only(looked(world), "FAIL")) == [f"rm {PATH}", "quietport apply vps1"]
+
+
+def test_what_is_wrong_is_told_also_when_the_next_one_cannot_be_looked_at(world: World) -> None:
+    """A name that no file can have is an error of its own."""
+    loose = world.root / PATH.lstrip("/")
+    loose.chmod(0o644)
+    declared = {**WITH_SECRET, "secret_files": [PATH, f"/etc/app/secrets/{'x' * 300}"]}
+    with pytest.raises(CutShortError) as caught:
+        looked(world, declared)
+    assert PATH in only(caught.value.found, "FAIL").reason
+
+    world.write(f"{files.LINGER}/agent")
+
+    def account(name: str) -> pwd.struct_passwd:
+        if name == "nobody-here":
+            raise KeyError(name)
+        return pwd.getpwuid(0)
+
+    with pytest.raises(CutShortError) as caught:
+        sessions({**DECLARED, "agent_users": ["nobody-here", "x" * 300]}, place=world.place, account=account)
+    assert "no account nobody-here" in only(caught.value.found, "FAIL").reason
 
 
 def test_who_writes_secrets_asks_for_the_same() -> None:

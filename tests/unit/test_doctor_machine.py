@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from quietport.commands import Done
 from quietport.doctor import machine
 from quietport.doctor.machine import Room, clock, disk, max_error, percent, reboot
-from quietport.doctor.model import Finding
+from quietport.doctor.model import CutShortError, Finding
 from quietport.doctor.place import LATEST
 from quietport.errors import HostProgramError
 from tests.unit.doctor_place import DECLARED, NOW, World, commands, only, statuses
@@ -227,6 +227,16 @@ def test_a_container_has_no_clock_of_its_own(tmp_path: Path) -> None:
     only(timed(world, 16_000_000), "SKIP")
     world.write(LATEST, at(86400))
     assert commands(only(timed(world, 16_000_000), "FAIL")) == ["systemctl start quietport-doctor.service"]
+
+
+def test_a_clock_that_jumped_is_told_also_when_nobody_says_who_sets_it(tmp_path: Path) -> None:
+    world = World(tmp_path, answers={TIMEDATECTL: Done(1, "", "no bus")})
+    world.write(LATEST, at(3600))
+    with pytest.raises(CutShortError, match="no bus") as caught:
+        timed(world, error=None)
+    found = only(caught.value.found, "FAIL")
+    assert "60 min from now" in found.reason
+    assert len(commands(found)) > 1, "it may have to be set first"
 
 
 # --- reboot -------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from control.settings import HostSettings
 from deploys import programs, timers
 from quietport import cli as quietport_cli
+from quietport import commands, hostfile
 from quietport.commands import Done
-from quietport.commands import run as run_command
 from quietport.doctor import checks, cli, history, notify
-from quietport.doctor.model import Check, Finding, Status
+from quietport.doctor.model import Check, CutShortError, Finding, Status, keeping
 from quietport.doctor.place import LOOK_AGAIN, by_converge
 from quietport.doctor.run import SLOW_S, Row, exit_code, report, row, rows_of, run, state_of, text_of
 from quietport.errors import HostProgramError
@@ -75,6 +77,39 @@ def test_each_check_answers_for_itself(capsys: pytest.CaptureFixture[str]) -> No
     assert "ZeroDivisionError: by zero" in blind["broken"].reason
     assert "ZeroDivisionError" in capsys.readouterr().err
     assert found["good"][0].told
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (HostProgramError("ss is not installed."), "could not tell: ss is not installed."),
+        (ZeroDivisionError("by zero"), "could not tell: ZeroDivisionError: by zero"),
+    ],
+)
+def test_what_a_check_has_found_stands_when_it_cannot_go_on(
+    error: Exception, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look(declared: Mapping[str, Any]) -> list[Finding]:
+        found: list[Finding] = []
+        with keeping(found):
+            found += cut()
+        return found
+
+    def cut() -> Iterator[Finding]:
+        yield FAIL
+        raise error
+
+    found = run([Check("cut", look)], {}, now=lambda: AT)["cut"]
+    assert [(one.status, one.reason) for one in found] == [("FAIL", "broken."), ("SKIP", reason)]
+    assert state_of(found) == "fail"
+    # A defect of ours is told in whole.
+    assert ("Traceback" in capsys.readouterr().err) is isinstance(error, ZeroDivisionError)
+
+
+def test_where_nothing_was_found_the_error_is_what_it_was() -> None:
+    with pytest.raises(ZeroDivisionError), keeping([]):
+        raise ZeroDivisionError
+    assert str(CutShortError(ZeroDivisionError("by zero"), [FAIL])) == "by zero"
 
 
 def test_checks_run_at_the_same_time_and_one_that_hangs_keeps_nobody_waiting() -> None:
@@ -179,6 +214,20 @@ def test_what_is_slow_is_told_with_its_time(tmp_path: Path) -> None:
         assert [(one.status, one.next_step) for one in old] == [("WARN", LOOK_AGAIN), ("FAIL", "`mend it`")]
 
 
+def test_what_could_not_be_told_is_not_told_by_growing_old(tmp_path: Path) -> None:
+    folder = tmp_path / "doctor"
+    keep(folder, PASS, Finding("SKIP", "could not tell: apt is broken."))
+    late = history.told(SLOW[:1], AT + timedelta(hours=4), folder=folder)["updates"]
+    assert [(one.status, one.told) for one in late] == [("WARN", True), ("SKIP", False)]
+    assert (state_of(late), exit_code(state_of(late))) == ("unknown", 3)
+
+
+def test_results_that_cannot_be_pruned_are_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("no directory")
+    with pytest.raises(HostProgramError, match=r"runs cannot be pruned: Not a directory\.$"):
+        history.prune(AT, folder=tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"schema": 2}', '{"schema": 1, "checks": 7}'])
 def test_a_broken_result_could_not_tell(tmp_path: Path, text: str) -> None:
     (tmp_path / "latest.json").write_text(text)
@@ -265,8 +314,49 @@ def test_without_a_command_nothing_is_remembered(tmp_path: Path) -> None:
 def test_the_report_really_goes_to_standard_input(tmp_path: Path) -> None:
     heard = tmp_path / "heard"
     command = ["sh", "-c", 'cat > "$1"', "sh", str(heard)]
-    notify.if_changed(command, "fail", "the table", name="vps1", at=AT, folder=tmp_path, runner=run_command)
+    notify.if_changed(command, "fail", "the table", name="vps1", at=AT, folder=tmp_path)
     assert heard.read_text() == "vps1: never looked -> fail\n\nthe table\n"
+
+
+def test_what_the_command_leaves_running_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "LIMIT_S", 5.0)
+    began = time.monotonic()
+    said = notify.if_changed(
+        ["sh", "-c", "sleep 10 & exit 0"], "fail", "the table", name="vps1", at=AT, folder=tmp_path
+    )
+    assert time.monotonic() - began < 5
+    assert said == "notify_command was told: vps1: never looked -> fail"
+    assert notify.last_told(tmp_path) == "fail"
+
+
+@pytest.mark.parametrize(
+    ("script", "limit_s", "words"),
+    [
+        ("echo all; echo no such channel >&2; exit 7", 5, "sh ended with exit code 7: no such channel"),
+        ("echo no such channel; sleep 10 & exit 7", 5, "sh ended with exit code 7: no such channel"),
+        ("yes | head -n 100000; echo the end; exit 7", 5, "sh ended with exit code 7: the end"),
+        ("exec sleep 10", 0.5, "sh cannot be run, or took longer than 0.5 s"),
+    ],
+)
+def test_the_last_words_of_a_command_that_fails_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, limit_s: float, words: str
+) -> None:
+    monkeypatch.setattr(notify, "LIMIT_S", limit_s)
+    began = time.monotonic()
+    said = notify.if_changed(["sh", "-c", script], "fail", "", name="vps1", at=AT, folder=tmp_path)
+    assert words in said
+    assert time.monotonic() - began < 5
+    assert not (tmp_path / notify.NOTIFIED).exists()
+
+
+def test_the_command_has_the_environment_that_is_promised() -> None:
+    done = notify.run_alone(["env"], stdin="", timeout=10)
+    assert dict(line.split("=", 1) for line in done.out.splitlines()) == notify.ENVIRONMENT
+    assert notify.ENVIRONMENT == commands._ENVIRONMENT
+    with pytest.raises(HostProgramError, match="cannot be run"):
+        notify.run_alone(["/nonexistent"], stdin="", timeout=10)
 
 
 def test_a_memory_that_is_broken_tells_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,6 +439,39 @@ def test_a_result_that_cannot_be_kept_is_an_error(host: Path, capsys: pytest.Cap
     host.write_text("not a directory")
     assert quietport_cli.main(["doctor", "--record"]) == 3
     assert "doctor" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("notes", ["can be kept", "cannot be kept either"])
+def test_a_disk_that_is_full_is_told_all_the_same(
+    host: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    notes: str,
+) -> None:
+    heard = tmp_path / "heard"
+    tells = ["sh", "-c", 'cat >> "$1"', "sh", str(heard)]
+    monkeypatch.setattr(cli, "host_settings", lambda: {"name": "vps1", "notify_command": tells})
+    written: list[Path] = []
+
+    def full(path: Path, content: bytes, *, mode: int) -> None:
+        written.append(path)
+        raise hostfile.HostFileError(f"{path} cannot be written: {os.strerror(errno.ENOSPC)}.")
+
+    monkeypatch.setattr(history, "write_atomic", full)
+    if notes != "can be kept":
+        monkeypatch.setattr(notify, "write_atomic", full)
+    assert quietport_cli.main(["doctor", "--record"]) == 3
+    out, err = capsys.readouterr()
+    assert out.startswith("vps1: fail, ")
+    assert "listeners: `mend it`" in out
+    assert heard.read_text().startswith("vps1: never looked -> fail\n\nvps1: fail, ")
+    assert f"{host}/runs/" in err and err.count("No space left on device") == len(written)
+    assert len(written) == (1 if notes == "can be kept" else 2)
+    # Nobody is told twice, unless it cannot be remembered.
+    assert quietport_cli.main(["doctor", "--record", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["state"] == "fail"
+    assert heard.read_text().count("never looked -> fail") == (1 if notes == "can be kept" else 2)
 
 
 def test_without_root_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from deploys import packages, timers
 from deploys.programs import timer_names
 from quietport.commands import Done
 from quietport.doctor import units
+from quietport.doctor.model import CutShortError
 from quietport.doctor.units import failed_units, marked_timers, parse_failed
 from quietport.errors import HostProgramError
 from tests.unit.doctor_place import DECLARED, World, commands, only, statuses
@@ -131,6 +132,17 @@ def test_a_unit_that_failed_is_started_again_and_one_that_is_gone_is_forgotten(t
         "systemctl start quietport-report.service",
     ]
     assert commands(second)[-1] == f"systemctl reset-failed '{gone}'"
+
+
+def test_units_that_failed_are_told_also_when_systemd_falls_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path, answers={LISTED: Done(0, TWO, "")})
+    monkeypatch.setattr(World, "_show", lambda self, argv: "")
+    with pytest.raises(CutShortError) as caught:
+        failed_units(DECLARED, place=world.place)
+    assert statuses(caught.value.found) == ["FAIL", "FAIL"]
+    assert caught.value.found[0].reason == "quietport-report.service has failed (unknown)."
 
 
 def test_a_unit_of_a_moment_is_forgotten(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from deploys.packages import UPGRADES_PATH, upgrades_text
 from quietport.commands import Done
 from quietport.doctor import updates as checks
-from quietport.doctor.model import Finding
+from quietport.doctor.model import Check, Finding
 from quietport.doctor.place import LATEST, Place
-from quietport.doctor.updates import dns, parse_simulation, updates
+from quietport.doctor.run import run, state_of
+from quietport.doctor.updates import dns, parse_simulation, parse_upgradable, updates
 from quietport.errors import HostProgramError
 from tests.unit.doctor_place import DECLARED, NOW, World, commands, only, statuses
 
@@ -41,12 +42,26 @@ Inst tzdata [2024a] (2025a Ubuntu:24.04/noble-updates [all])
 Inst docker-ce [5:27.0] (5:28.0 Docker CE:trixie/trixie [amd64])
 Inst linux-image-6.8.0-60-generic (6.8.0-60.63 Ubuntu:24.04/noble-security [amd64])
 """
+KEPT = """Reading package lists...
+The following packages have been kept back:
+  openssl
+0 upgraded, 0 newly installed, 0 to remove and 1 not upgraded.
+"""
+# As apt 2.6 lists it: what would be upgraded, and what is on hold, does not fit or is not rolled out yet.
+ORDINARY = """Listing...
+bash/oldstable 5.2.15-2+b13 amd64 [upgradable from: 5.2.15-2+b8]
+docker-ce/bookworm 5:28.0 amd64 [upgradable from: 5:27.0]
+libperl5.36/oldstable-security 5.36.0-7+u4 amd64 [upgradable from: 5.36.0-7+u2]
+libssl3/stable,stable-security 3.0.16-1~u1 amd64 [upgradable from: 3.0.15-1~u1]
+tzdata/noble-updates 2025a all [upgradable from: 2024a]
+"""
+HELD = "openssl/stable-security 3.0.16-1~u1 amd64 [upgradable from: 3.0.15-1~u1]\n"
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     """A host whose lists are of today, and that upgrades by itself."""
-    world = World(tmp_path, answers={APT: Done(0, NOTHING, "")})
+    world = World(tmp_path, answers={APT: Done(0, NOTHING, ""), "apt": Done(0, ORDINARY, "")})
     for path in (
         checks.UNATTENDED,
         *checks.STAMPS[:1],
@@ -157,6 +172,60 @@ def test_many_packages_are_cut(world: World) -> None:
     assert only(updates(DECLARED, place=world.place), "WARN").reason.endswith("p4 and 4 more.")
 
 
+# --- held back ----------------------------------------------------------------------------------------
+
+
+def test_a_security_update_that_is_held_back_is_a_warning(world: World) -> None:
+    """apt-get has no Inst line for it."""
+    assert parse_simulation(KEPT) == []
+    world.answers = {APT: Done(0, KEPT, ""), "apt": Done(0, f"Listing...\n{HELD}", "")}
+    found = only(updates(DECLARED, place=world.place), "WARN")
+    assert found.reason == "Security updates are held back: openssl."
+    assert commands(found) == ["apt-mark showhold", "apt list --upgradable", AGAIN]
+    assert world.asked == [list(checks.SIMULATE), list(checks.UPGRADABLE)]
+
+
+def test_what_is_left_and_is_no_security_update_is_fine(world: World) -> None:
+    """On hold, or an update that Ubuntu rolls out by and by: security updates are never among those."""
+    ordinary = "".join(line for line in ORDINARY.splitlines(keepends=True) if "-security" not in line)
+    world.answers = {APT: Done(0, KEPT, ""), "apt": Done(0, ordinary, "")}
+    only(updates(DECLARED, place=world.place), "PASS")
+
+
+def test_what_waits_and_what_is_held_back_are_two_things(world: World) -> None:
+    """Of BOOKWORM's two that are not upgraded one is a security update; what is upgraded is not held back."""
+    world.answers = {APT: Done(0, BOOKWORM, ""), "apt": Done(0, ORDINARY + HELD, "")}
+    waits, held = updates(DECLARED, place=world.place)
+    assert [waits.status, held.status] == ["WARN", "WARN"]
+    assert waits.reason.endswith(": libperl5.36, libssl3.")
+    assert held.reason == "Security updates are held back: openssl."
+    # The next run still finds since when the others wait.
+    world.write(LATEST, json.dumps({"schema": 1, "checks": [{"check": "updates", "reason": held.reason}]}))
+    assert f"since {stamp(0)}" in updates(DECLARED, place=world.place)[0].reason
+
+
+def test_an_architecture_is_not_another_package(world: World) -> None:
+    text = KEPT + "Inst openssl:i386 [1] (2 Debian-Security:12/stable-security [i386])\n"
+    world.answers = {APT: Done(0, text, ""), "apt": Done(0, HELD + HELD.replace("amd64", "i386"), "")}
+    assert "openssl:i386" in only(updates(DECLARED, place=world.place), "WARN").reason
+    assert parse_upgradable(HELD * 2) == ["openssl"]
+
+
+def test_many_that_are_held_back_are_cut(world: World) -> None:
+    many = "".join(HELD.replace("openssl", f"p{number}") for number in range(9))
+    world.answers = {APT: Done(0, KEPT, ""), "apt": Done(0, many, "")}
+    assert only(updates(DECLARED, place=world.place), "WARN").reason.endswith("p4 and 4 more.")
+
+
+@pytest.mark.parametrize(
+    "done", [Done(100, "", "E: broken"), Done(0, "Listing...\n", ""), Done(0, "what", "")]
+)
+def test_what_is_held_back_and_cannot_be_told_is_not_fine(world: World, done: Done) -> None:
+    world.answers = {APT: Done(0, KEPT, ""), "apt": done}
+    with pytest.raises(HostProgramError):
+        updates(DECLARED, place=world.place)
+
+
 # --- lists --------------------------------------------------------------------------------------------
 
 
@@ -197,6 +266,15 @@ def test_old_lists_and_what_waits_are_two_things(world: World) -> None:
     aged(world, 4)
     world.answers[APT] = Done(0, BOOKWORM, "")
     assert statuses(updates(DECLARED, place=world.place)) == ["FAIL", "WARN"]
+
+
+def test_old_lists_are_told_also_when_apt_cannot_tell(world: World) -> None:
+    aged(world, 4)
+    world.answers[APT] = Done(100, "", "E: broken")
+    rows = run([Check("updates", lambda declared: updates(declared, place=world.place))], DECLARED)["updates"]
+    assert [(one.status, one.told) for one in rows] == [("FAIL", True), ("SKIP", False)]
+    assert "4 days old" in rows[0].reason and "E: broken" in rows[1].reason
+    assert state_of(rows) == "fail"
 
 
 def test_the_file_that_the_converge_writes_is_the_one_that_is_read() -> None:
