@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -38,6 +39,10 @@ def usage() -> str:
 
 def main(argv: list[str]) -> int:
     """Run the program named first in `argv`; returns 0 fine, 1 a problem, 2 usage, 3 could not tell."""
+    # A name may have a character that the stream lacks (LC_ALL=C); that is no reason to crash.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if argv[:1] == ["--version"]:
         print(f"quietport {__version__}")
         return 0

@@ -73,6 +73,12 @@ def _where(entry: Mapping[str, Any]) -> str:
 
 
 def _read(name: str) -> str:
+    # Python has no stream at all for one that is closed (`<&-`).
+    if name == "-" and sys.stdin is None:
+        raise HostProgramError(
+            "Standard input is closed, so there is no output of ss to read. "
+            "Pipe `ss -lntup` into this, or name a file after --from-ss."
+        )
     try:
         if name == "-":
             content = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)

@@ -6,6 +6,7 @@ Pure functions on text, which may come from anywhere: what is not understood is 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,25 +43,40 @@ class Listener:
         return f"{self.address}%{self.zone}" if self.zone else self.address
 
 
+# No pattern here takes more than linear time: the text may be long, and hostile.
 _HEADER = re.compile(
-    r"\s*(Netid\s+)?State\s+Recv-Q\s+Send-Q\s+Local Address:Port\s+Peer Address:Port\s*(Process)?"
-    r"[ \t]*\r?(\n|$)"
+    r"\s*(?:Netid\s+)?State\s+Recv-Q\s+Send-Q\s+Local Address:Port\s+Peer Address:Port(?:\s*Process)?"
+    r"[ \t]*\r?(?:\n|\Z)"
 )
-# A row begins at a line's start and is recognised down to its peer: a process may have a newline in its
-# name, but 15 bytes are too few to imitate all this.
+_QUEUES = r"[ \t]+[0-9]+[ \t]+[0-9]+[ \t]+"
+_FOUR = r"[0-9.]{7,15}"
+_SIX = r"[0-9A-Fa-f:.]{2,45}"
+_ZONE = r"[^\s/:\[\]]{1,15}"
+_LOCAL = (
+    rf"(?:\[(?P<six>{_SIX})(?:%(?P<inner>{_ZONE}))?\]|(?P<four>\*|{_FOUR}))"
+    rf"(?:%(?P<outer>{_ZONE}))?:(?P<port>[0-9]{{1,5}})"
+)
+_PEER = rf"(?:\*|{_FOUR}|\[{_SIX}\]):\*"
+_AFTER = r"(?=[ \t\r\n]|users:|\Z)"
+# The next row, at a line's start, or the end of the text. No name holds a row, which is longer than 15 bytes,
+# and none spans two names: a zone alone may have quotes, and is shorter than what ss writes between names.
 _ROW = re.compile(
-    r"^(?:(?P<netid>\S+)[ \t]+)?(?P<state>LISTEN|UNCONN)[ \t]+\d+[ \t]+\d+[ \t]+"
-    r"(?P<local>\S+):(?P<port>\d+)[ \t]+(?P<peer>\S+):(?:\*|\d+)(?=[ \t\r\n]|users:|\Z)",
+    rf"[ \t\r\n]*(?:^(?:(?P<netid>tcp|udp)[ \t]+)?(?P<state>LISTEN|UNCONN){_QUEUES}{_LOCAL}[ \t]+{_PEER}"
+    rf"{_AFTER}|\Z)",
     re.MULTILINE,
 )
-_USERS = re.compile(r"users:\((?P<entries>\(.*\))\)", re.DOTALL)
-# The kernel keeps 15 bytes of a name. With that limit the longest match is the right one even for a name
-# that imitates ss's own syntax, such as `",pid=1,fd=3),(`: what follows a true name is longer than 15.
-_USER = re.compile(r'\("(?P<name>.{0,15})",pid=(?P<pid>\d{1,10}),fd=\d+\)(?:,|\Z)', re.DOTALL)
-_LOCAL = re.compile(
-    r"(?:\[(?P<six>[0-9A-Fa-f:.]+)(?:%(?P<inner>[^\s/\[\]]{1,15}))?\]|(?P<four>\*|[0-9.]+))"
-    r"(?:%(?P<outer>[^\s/\[\]]{1,15}))?"
+_VSOCK_ROW = re.compile(
+    rf"^(?:v_str[ \t]+)?LISTEN{_QUEUES}(?P<local>\*|[0-9]{{1,10}}):(?P<port>[0-9]{{1,10}})[ \t]+"
+    rf"(?:\*|[0-9]+):(?:\*|[0-9]+){_AFTER}",
+    re.MULTILINE,
 )
+_WORDS = re.compile(r"\S.{0,79}")
+_LINE_END = re.compile(r"[ \t]*\r?(?:\n|\Z)")
+_USERS = re.compile(r'[ \t\r\n]*users:\((?=\(")')
+# What ss writes behind a name; `last` is the end of the list.
+_CLOSED = re.compile(r'",pid=(?P<pid>[0-9]{1,10}),fd=[0-9]{1,10}\)(?:,(?=\(")|(?P<last>\)))')
+# What the kernel keeps of a name, in bytes, of which a character here is one at least.
+_NAME_BYTES = 15
 _STATES = {"LISTEN": "tcp", "UNCONN": "udp"}
 
 
@@ -73,63 +89,96 @@ def parse_ss(text: str) -> list[Listener]:
     if not text:
         raise HostProgramError("There is no output of ss to read, not even its header.")
     header = _HEADER.match(text)
-    body = text[header.end() :] if header else text
-    rows = list(_ROW.finditer(body))
-    before = body[: rows[0].start()] if rows else body
-    if before.strip() or not (rows or header):
-        raise _not_understood(before)
-    ends = [*(row.start() for row in rows[1:]), len(body)]
-    # Not strict: without rows there is still an end.
-    return [_listener(row, body[row.end() : end]) for row, end in zip(rows, ends, strict=False)]
+    start = header.end() if header else 0
+    row = _ROW.match(text, start)
+    if row is None or not (header or row["state"]):
+        raise _not_understood(text, start)
+    found: list[Listener] = []
+    while row["state"]:
+        processes, following = _processes(text, row.end(), _ROW)
+        found.append(_listener(row, processes))
+        row = following
+    return found
 
 
-def _not_understood(text: str) -> HostProgramError:
-    line = next((line for line in text.splitlines() if line.strip()), "")
-    return HostProgramError(f"This is not what ss -lntup prints: {line.strip()[:80]!r}")
+def _not_understood(text: str, position: int = 0) -> HostProgramError:
+    line = _WORDS.search(text, position)
+    return HostProgramError(f"This is not what ss -lntup prints: {line[0].strip() if line else ''!r}")
 
 
-def _listener(row: re.Match[str], tail: str) -> Listener:
+def _listener(row: re.Match[str], processes: tuple[Process, ...]) -> Listener:
     protocol = _STATES[row["state"]]
-    port = int(row["port"][:6])
+    port = int(row["port"])
     if row["netid"] not in (None, protocol) or not 1 <= port <= 65535:
         raise _not_understood(row[0])
-    address, zone = _local_address(row["local"])
+    address, zone = _local_address(row)
     return Listener(
         protocol="tcp" if protocol == "tcp" else "udp",
         address=address,
         port=port,
         zone=zone,
-        processes=_processes(tail.strip()),
+        processes=processes,
     )
 
 
-def _local_address(text: str) -> tuple[str, str]:
+def _local_address(row: re.Match[str]) -> tuple[str, str]:
     """Address and zone of `[fe80::1]%eth0`, `[fe80::1%eth0]`, `0.0.0.0%eth0`, `*` and the like."""
-    found = _LOCAL.fullmatch(text)
-    if found is None:
-        raise _not_understood(text)
-    address = found["six"] or found["four"]
+    address = row["six"] or row["four"]
     if address != "*":
         try:
             parse_address(address)
         except ValueError:
-            raise _not_understood(text) from None
-    return address, found["inner"] or found["outer"] or ""
+            raise _not_understood(row[0]) from None
+    return address, row["inner"] or row["outer"] or ""
 
 
-def _processes(tail: str) -> tuple[Process, ...]:
-    if not tail:
-        return ()
-    users = _USERS.fullmatch(tail)
-    entries = users["entries"] if users else ""
+def _processes(
+    text: str, position: int, follows: re.Pattern[str]
+) -> tuple[tuple[Process, ...], re.Match[str]]:
+    """The processes that hold the socket of the row that ends at `position`, and what `follows` them.
+
+    A name may imitate the list: every reading is tried, the longest names first, since what comes after a
+    true name is too long to be part of one (but for an empty name, with a pid and an fd of one digit).
+    """
+    users = _USERS.match(text, position)
+    start = users.end() if users else position
+    # The entry that ends at a place, and where it begins: no place is tried twice.
+    entries: dict[int, tuple[int, Process]] = {}
+    waiting = [(start, users is None)]
+    while waiting:
+        place, last = waiting.pop()
+        if last:
+            if following := follows.match(text, place):
+                return _path(entries, start, place), following
+            continue
+        for process, end, ends_list in _readings(text, place):
+            if end not in entries:
+                entries[end] = place, process
+                waiting.append((end, ends_list))
+    raise _not_understood(text, position)
+
+
+def _readings(text: str, place: int) -> Iterator[tuple[Process, int, bool]]:
+    """Each reading of the entry at `place`, where it ends and whether it is the last; short names first."""
+    start = place + len('("')
+    # A terminal makes two characters of a newline, also of one in a name.
+    stop = start + 2 * _NAME_BYTES + 1
+    quote = text.find('"', start, stop)
+    while quote != -1:
+        if closed := _CLOSED.match(text, quote):
+            name = text[start:quote]
+            if len(name) - name.count("\r\n") <= _NAME_BYTES:
+                yield Process(name=name, pid=int(closed["pid"])), closed.end(), closed["last"] is not None
+        quote = text.find('"', quote + 1, stop)
+
+
+def _path(entries: Mapping[int, tuple[int, Process]], start: int, end: int) -> tuple[Process, ...]:
+    """The processes from `start` to `end`, each once."""
     found: list[Process] = []
-    position = 0
-    while position < len(entries) and (entry := _USER.match(entries, position)):
-        found.append(Process(name=entry["name"], pid=int(entry["pid"])))
-        position = entry.end()
-    if not found or position < len(entries) or entries.endswith(","):
-        raise _not_understood(tail)
-    return tuple(dict.fromkeys(found))
+    while end != start:
+        end, process = entries[end]
+        found.append(process)
+    return tuple(dict.fromkeys(reversed(found)))
 
 
 def parse_vsock(text: str) -> list[Listener]:
@@ -137,13 +186,11 @@ def parse_vsock(text: str) -> list[Listener]:
 
     Rows that are not understood are left out: these sockets are shown, and decide nothing.
     """
-    rows = [row for row in _ROW.finditer(text) if row["state"] == "LISTEN"]
-    ends = [*(row.start() for row in rows[1:]), len(text)]
     found = []
-    for row, end in zip(rows, ends, strict=False):
+    for row in _VSOCK_ROW.finditer(text):
         try:
-            processes = _processes(text[row.end() : end].strip())
+            processes, _ = _processes(text, row.end(), _LINE_END)
         except HostProgramError:
             processes = ()
-        found.append(Listener("vsock", row["local"], int(row["port"][:10]), processes=processes))
+        found.append(Listener("vsock", row["local"], int(row["port"]), processes=processes))
     return found

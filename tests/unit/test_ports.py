@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from quietport.errors import HostProgramError
 from quietport.net import Interfaces, parse_interfaces
 from quietport.ports import classify, judge, verdict
 from quietport.processes import Program, unit_of
-from quietport.ss import Listener, Process, parse_ss
+from quietport.ss import Listener, Process, parse_ss, parse_vsock
 
 HEADER = "Netid State  Recv-Q Send-Q Local Address:Port Peer Address:PortProcess\n"
 ROW = "tcp   LISTEN 0      128          0.0.0.0:22        0.0.0.0:*    "
@@ -112,6 +113,10 @@ USERS = [
     ('users:(("",pid=1,fd=3))\n",pid=999,fd=4))', (('",pid=1,fd=3))\n', 999),)),
     ('users:(("\ntcp LISTEN 0 ",pid=999,fd=4))', (("\ntcp LISTEN 0 ", 999),)),
     ('users:(("\n*:22 *:*\n",pid=999,fd=4))', (("\n*:22 *:*\n", 999),)),
+    ('\n  users:(("sshd",pid=100,fd=3))', (("sshd", 100),)),
+    ('users:(("\r\n1234567890abcd",pid=12,fd=6))', (("\r\n1234567890abcd", 12),)),
+    # An empty name and short numbers are shorter than a name may be.
+    ('users:(("",pid=1,fd=3),(",pid=2,fd=4),(",pid=9,fd=4))', (("", 1), (",pid=2,fd=4),(", 9))),
 ]
 
 
@@ -164,6 +169,15 @@ NOT_UNDERSTOOD = [
     "tcp LISTEN 0 128 0.0.0.0:0 0.0.0.0:*",
     "tcp LISTEN 0 128 0.0.0.0:65536 0.0.0.0:*",
     "tcp LISTEN 0 128 0.0.0.0:222222222222222222 0.0.0.0:*",
+    "tcp LISTEN 0 128 127.0.0.1:0000080 0.0.0.0:*",
+    "tcp LISTEN 0 128 127.0.0.1:\u0662\u0662 0.0.0.0:*",
+    "tcp LISTEN 0 \u0662 127.0.0.1:22 0.0.0.0:*",
+    "tcp LISTEN 0 128 127.0.0.1:22 junk:*",
+    "tcp LISTEN 0 128 127.0.0.1:22 :*",
+    "tcp LISTEN 0 128 127.0.0.1:22 0.0.0.0:22",
+    "tcp LISTEN 0 128 127.0.0.1:22 [junk]:*",
+    "tcp LISTEN 0 128 127.0.0.1:22 0.0.0.0:*junk",
+    ROW + 'users:(("sshd",pid=\u0661,fd=3))',
     "tcp LISTEN 0 128 0.0.0.0:* 0.0.0.0:*",
     "tcp LISTEN 0 128 999.0.0.1:22 0.0.0.0:*",
     "tcp LISTEN 0 128 localhost:22 0.0.0.0:*",
@@ -171,6 +185,7 @@ NOT_UNDERSTOOD = [
     "tcp LISTEN 0 128 [::1:22 [::]:*",
     "tcp LISTEN 0 128 127.0.0.1%:22 0.0.0.0:*",
     "tcp LISTEN 0 128 127.0.0.1%a/b:22 0.0.0.0:*",
+    "tcp LISTEN 0 128 127.0.0.1%a:1:22 0.0.0.0:*",
     "tcp LISTEN 0 128 127.0.0.1%sixteen-letters-:22 0.0.0.0:*",
     "udp LISTEN 0 128 127.0.0.1:22 0.0.0.0:*",
     "tcp UNCONN 0 128 127.0.0.1:22 0.0.0.0:*",
@@ -218,7 +233,15 @@ def test_a_row_with_a_piece_missing_is_not_read_as_another_exposure(data: st.Dat
     assert removed_whole_row or [entry.verdict for entry in judged] == ["violation"]
 
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=15)
+# Whatever ss writes itself, in pieces that fit into names.
+PIECES = ['"', "(", ")", ",", " ", "\n", "\r\n", '("', "),(", "))\n", '",pid=1,fd=3)', '",pid=1,fd=3),(']
+PIECES += [",pid=2,fd=4)", ",pid=2,fd=4),(", "users:((", "tcp ", "LISTEN 0 0 ", "\nLISTEN 0 0 *:", "x:1 *:* "]
+PIECES += ["*:1 *:*", "*%"]
+names = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=15) | st.lists(
+    st.sampled_from(PIECES), max_size=8
+).map(lambda pieces: "".join(pieces)[:15])
+# Two that make a row of their own between them.
+PAIR = [("\nLISTEN 0 0 ", 15000), ("x:1 *:* ", 14999)]
 addresses = st.sampled_from([local.rpartition(":")[0] for local, *_ in ADDRESSES])
 listeners = st.tuples(
     st.sampled_from(["tcp", "udp"]),
@@ -231,25 +254,112 @@ listeners = st.tuples(
 @given(st.lists(listeners, max_size=8), st.booleans())
 @example([("tcp", "*", 22, [('",pid=1,fd=3),(', 999), ("", 11)])], True)
 @example([("tcp", "*", 22, [("\ntcp LISTEN 0 ", 999)]), ("tcp", "*", 23, [])], False)
+@example([("tcp", "0.0.0.0", 80, PAIR), ("udp", "*", 53, PAIR)], True)
 def test_whatever_processes_call_themselves_every_socket_is_found(
     wanted: list[tuple[str, str, int, list[tuple[str, int]]]], header: bool
 ) -> None:
     assume(wanted or header)
-    text = HEADER if header else ""
+    text = (HEADER if header else "") + rows_of(wanted)
+    found = parse_ss(text)
+    assert [(entry.protocol, entry.where, entry.port) for entry in found] == sockets_of(wanted)
+    for entry, (_, _, _, held) in zip(found, wanted, strict=True):
+        assert entry.processes == tuple(dict.fromkeys(Process(name, pid) for name, pid in held))
+    # As a terminal writes it.
+    assert [(entry.protocol, entry.where, entry.port) for entry in parse_ss(text.replace("\n", "\r\n"))] == (
+        sockets_of(wanted)
+    )
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["tcp", "udp"]),
+            addresses,
+            st.integers(1, 65535),
+            st.lists(st.tuples(names, st.integers(1, 9)), max_size=6),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+@example([("tcp", "*", 22, [("", 1), (',pid=2,fd=4),("', 9)]), ("tcp", "*", 23, [])])
+@example([("tcp", "*", 22, [('",pid=1,fd=3))\n', 9)]), ("tcp", "*", 23, [])])
+def test_sockets_are_found_even_where_names_are_ambiguous(
+    wanted: list[tuple[str, str, int, list[tuple[str, int]]]],
+) -> None:
+    found = parse_ss(rows_of(wanted, fd=3))
+    assert [(entry.protocol, entry.where, entry.port) for entry in found] == sockets_of(wanted)
+
+
+def sockets_of(wanted: list[tuple[str, str, int, list[tuple[str, int]]]]) -> list[tuple[str, str, int]]:
+    where = {
+        local.rpartition(":")[0]: f"{address}%{zone}".rstrip("%") for local, address, zone, *_ in ADDRESSES
+    }
+    return [(protocol, where[address], port) for protocol, address, port, _ in wanted]
+
+
+def rows_of(wanted: list[tuple[str, str, int, list[tuple[str, int]]]], *, fd: int = 10) -> str:
+    text = ""
     for protocol, address, port, held in wanted:
         state = {"tcp": "LISTEN", "udp": "UNCONN"}[protocol]
-        users = ",".join(f'("{name}",pid={pid},fd=10)' for name, pid in held)
+        users = ",".join(f'("{name}",pid={pid},fd={fd})' for name, pid in held)
         text += (
             f"{protocol}   {state} 0      128   {address}:{port}      0.0.0.0:*    "
             + (f"users:({users})" if users else "")
             + "\n"
         )
-    found = parse_ss(text)
-    assert [(entry.protocol, entry.port) for entry in found] == [
-        (protocol, port) for protocol, _, port, _ in wanted
+    return text
+
+
+def test_two_processes_that_write_a_row_between_them_blind_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ss.txt"
+    file.write_text(
+        f"{HEADER}tcp   LISTEN 0      5         127.0.0.1:8080       0.0.0.0:*    "
+        'users:(("\nLISTEN 0 0 ",pid=15000,fd=3),("x:1 *:* ",pid=14999,fd=3))\n'
+        f'{ROW}users:(("sshd",pid=100,fd=3))\n'
+    )
+    assert main(["ports", "--json", "--from-ss", str(file)]) == 1
+    found = json.loads(capsys.readouterr().out)["listeners"]
+    assert [(one["address"], one["port"], one["process"]) for one in found] == [
+        ("127.0.0.1", 8080, "\nLISTEN 0 0 , x:1 *:* "),
+        ("0.0.0.0", 22, "sshd"),
     ]
-    for entry, (_, _, _, held) in zip(found, wanted, strict=True):
-        assert entry.processes == tuple(dict.fromkeys(Process(name, pid) for name, pid in held))
+
+
+MANY = 200_000
+LONG = [
+    HEADER.strip() + " " * MANY + "x",
+    HEADER.removesuffix("Process\n") + " " * MANY + "x",
+    HEADER.removesuffix("Process\n") + "\n" * MANY + "x",
+    " " * MANY + "x",
+    "Netid" + " " * MANY + "x",
+    HEADER + " \r\n" * MANY + "x",
+    HEADER + "tcp" + " " * MANY + "x",
+    HEADER + "tcp LISTEN 0 " + "1" * MANY,
+    HEADER + "tcp LISTEN 0 0 [" + "1:" * MANY,
+    HEADER + "tcp LISTEN 0 0 " + "1." * MANY,
+    HEADER + "tcp LISTEN 0 0 *" + ":1" * MANY,
+    HEADER + "tcp LISTEN 0 0 *%" + "a:" * MANY,
+    HEADER + ROW + " " * MANY + "x",
+    HEADER + ROW + "\n" * MANY + "x",
+    HEADER + (ROW + "\n") * (MANY // 20) + "x",
+    HEADER + ROW + 'users:(("' + '"' * MANY,
+    HEADER + ROW + 'users:(("",pid=' + "1" * MANY,
+    HEADER + ROW + "users:(" + '("",pid=1,fd=3),' * MANY,
+    HEADER + ROW + "users:(" + '("",pid=1,fd=3),(",pid=2,fd=4),("",pid=3,fd=3),' * (MANY // 10) + "x",
+    HEADER + ROW + "users:(" + '("",pid=1,fd=3))\n' * MANY,
+    HEADER + ROW + 'users:(("",pid=1,fd=3))' + " " * MANY + "x",
+]
+
+
+@pytest.mark.parametrize("text", LONG, ids=range(len(LONG)))
+def test_long_input_ends_with_the_error(text: str) -> None:
+    """It would hang if any of this took more than linear time."""
+    with pytest.raises(HostProgramError):
+        parse_ss(text)
+    parse_vsock(text)
 
 
 @pytest.mark.parametrize(
@@ -484,3 +594,30 @@ def test_it_runs_from_a_checkout_as_a_user_would(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (1, "")
     assert "0.0.0.0:22" in done.stdout
+
+
+def from_ss(redirection: str, text: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`quietport ports --from-ss -` in a shell."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -m quietport ports --from-ss - {redirection}', sys.executable],
+        input=text.encode(),
+        capture_output=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_without_standard_input_there_is_a_sentence() -> None:
+    done = from_ss("<&-", "")
+    assert (done.returncode, done.stdout) == (3, b"")
+    assert done.stderr.startswith(b"quietport ports: Standard input is closed")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_name_that_the_terminal_cannot_show_hides_no_violation() -> None:
+    text = f'{HEADER}{ROW}users:(("h\u00e9",pid=10,fd=3))\n'
+    done = from_ss("", text, LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert b"0.0.0.0:22" in done.stdout
+    assert b"h\\xe9" in done.stdout
