@@ -304,7 +304,8 @@ def test_an_operation_says_so(
 def test_a_preference_says_so(said: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     membership = tailnet.Membership(hostname="vps1", login_server="https://x")
     prefs = {**membership.preferences(), "accept_routes": True}
-    facts = {"tailnet.Tailnet": {"running": True, "backend_state": "Running", "prefs": prefs}}
+    running = {"installed": True, "running": True, "backend_state": "Running"}
+    facts = {"tailnet.Tailnet": {**running, "prefs": prefs}}
     monkeypatch.setattr(tailnet.gate, "reached_by", lambda host: "public")
     found = said(facts, lambda: tailnet.preferences._inner(membership))
     assert found == [BY_NAME["a preference of tailscale changed"].says]
