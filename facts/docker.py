@@ -6,15 +6,17 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
 from facts.shell import one_host_at_most, quoted, sections, split
-from quietport.containers import ATTEMPTS, FORMAT, SHIM, parse_published
+from quietport.containers import ATTEMPTS, FORMAT, SHIM, UNKNOWN_PORTS, parse_published
 from quietport.docker_user import backend_of
 from quietport.errors import HostProgramError
 from quietport.processes import shell_is_running
 from quietport.times import SHOW_START, newest, properties, stale, started_at
+from quietport.unit_names import DOCKER
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 _SOURCES = (("docker-ce", "docker"), ("docker.io", "debian"))
@@ -32,14 +34,13 @@ _SECTIONS = ("installed", "info", "config", "process", "mtimes", "now", "package
 class PublishedPorts(FactBase[list[dict[str, Any]]]):
     """Ports of running containers that Docker forwards, with or without a proxy process.
 
-    A list of {container, host_ip, host_port, container_port, protocol}; [] when nothing runs.
+    A list of {container, host_ip, host_port, container_port, protocol}; [] when nothing runs, and while
+    docker.service itself does not. The host fails when it runs and does not say.
     """
 
     @override
     def command(self) -> str:
-        return sections(
-            ports=f"docker ps -q --no-trunc | xargs -r docker inspect --format {quoted([FORMAT])}"
-        )
+        return sections(engine=f"systemctl is-active -q {DOCKER}", ports=READ_PUBLISHED)
 
     @override
     @staticmethod
@@ -49,7 +50,11 @@ class PublishedPorts(FactBase[list[dict[str, Any]]]):
     @override
     @one_host_at_most
     def process(self, output: list[str]) -> list[dict[str, Any]]:
-        return [asdict(port) for port in parse_published(split(output, "ports")["ports"].text)]
+        parts = split(output, "engine", "ports")
+        # Else it may be another program's containers; and a converge is what starts an engine that is down.
+        if parts["ports"].code != 0 and parts["engine"].code == 0:
+            raise FactProcessError(UNKNOWN_PORTS)
+        return [asdict(port) for port in parse_published(parts["ports"].text)]
 
 
 class Docker(FactBase[dict[str, Any]]):

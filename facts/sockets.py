@@ -41,13 +41,13 @@ _SOCKETS = {
     "routes4": "ip -j -4 route show default",
     "routes6": "ip -j -6 route show default",
     "programs": _PROGRAMS,
+    "units": quoted(SHOW_SOCKET_UNITS),
     "declared": f"cat {HOST_JSON}",
     "filter4": f"{_IF_DECLARED} && {READ4}",
     "filter6": f"{_IF_DECLARED} && {{ {READ6}; }}",
 }
 _BEYOND_SOCKETS = {
     "vsock": quoted(SS_VSOCK),
-    "units": quoted(SHOW_SOCKET_UNITS),
     "published": READ_PUBLISHED,
     # No tailscaled serves nothing; one that does not answer might.
     "served": f"! {shell_is_running('tailscaled')} || {quoted(serve.COMMAND)}",
@@ -103,7 +103,6 @@ class Reachable(FactBase[list[dict[str, Any]]]):
         evidence = replace(
             _evidence(parts),
             vsock=parse_vsock(parts["vsock"].text),
-            socket_units=parse_socket_units(parts["units"].text),
             published=containers.parse_published(parts["published"].text),
             served=serve.parse_serve(parts["served"].text.strip() or "null"),
         )
@@ -124,6 +123,7 @@ def _evidence(parts: Mapping[str, Section]) -> Evidence:
             programs=parse_programs(parts["programs"].text),
             public_sshd=public_sshd(host_json, filters),
             declared=parse_declared(host_json.get(PUBLIC_LISTENERS)),
+            socket_units=parse_socket_units(parts["units"].text),
         )
     except HostProgramError as error:
         raise FactProcessError(str(error)) from error

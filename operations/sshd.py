@@ -154,7 +154,9 @@ def _look(login_user: str, *, break_glass: Sequence[str] = ()) -> Seen:
     units = host.get_fact(Units, names=[sshd.UNIT, *sshd.SOCKETS])
     service = units[sshd.UNIT]
     sockets = [socket for socket in host.get_fact(ListeningSockets) if socket["protocol"].startswith("tcp")]
-    stray = {str(socket["unit"]) for socket in sockets if str(socket["unit"]).startswith(("ssh@", "sshd@"))}
+    # Both units hold a socket whose service is at work.
+    holding = {unit for socket in sockets for unit in str(socket["unit"]).split(", ")}
+    stray = {unit for unit in holding if unit.startswith(("ssh@", "sshd@"))}
     return Seen(
         files=host.get_fact(SshdFiles),
         unit_drop_in=host.get_fact(FileText, path=sshd.UNIT_DROP_IN),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pyinfra.api.exceptions import FactProcessError
@@ -105,7 +106,10 @@ def test_the_value_for_a_failed_host_has_the_shape_of_a_real_one(
 def test_sockets_that_could_not_be_read_are_not_a_quiet_host() -> None:
     output = ["##sockets", "|", "|127"] + [
         line
-        for name in (*("addresses", "routes4", "routes6", "programs"), *("declared", "filter4", "filter6"))
+        for name in (
+            *("addresses", "routes4", "routes6", "programs"),
+            *("units", "declared", "filter4", "filter6"),
+        )
         for line in (f"##{name}", "|[]", "|0")
     ]
     with pytest.raises(FactProcessError, match="iproute2"):
@@ -134,6 +138,21 @@ def test_a_daemon_that_does_not_answer_is_not_one_that_has_nothing(silent: str, 
     assert sockets.Reachable().process(answer(0)) == []
     with pytest.raises(FactProcessError, match=words):
         sockets.Reachable().process(answer(1))
+
+
+@pytest.mark.parametrize(
+    "fixture", sorted((FIXTURES / "sockets.ListeningSockets").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_both_facts_judge_a_socket_alike(fixture: Path) -> None:
+    told = yaml.safe_load(fixture.read_text())
+    beyond = [line for name in ("vsock", "published", "served") for line in (f"##{name}", "|", "|0")]
+    assert sockets.Reachable().process([*told["output"], *beyond]) == told["fact"]
+
+
+def test_an_engine_that_runs_and_does_not_answer_is_not_one_that_publishes_nothing() -> None:
+    output = ["##engine", "|", "|0", "##ports", "|", "|1"]
+    with pytest.raises(FactProcessError, match="status docker"):
+        docker.PublishedPorts().process(output)
 
 
 @pytest.mark.parametrize(

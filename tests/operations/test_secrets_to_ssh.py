@@ -253,6 +253,9 @@ def _spoil(facts: dict[str, Any], what: str) -> None:
         "an instance": lambda: facts["sockets.ListeningSockets"].append(
             {"protocol": "tcp", "address": "0.0.0.0", "port": 23, "pid": 1, "unit": "ssh@23.socket"}
         ),
+        "an instance at work": lambda: facts["sockets.ListeningSockets"].append(
+            {"protocol": "tcp", "address": "::", "port": 23, "pid": 1, "unit": "ssh@23.socket, ssh@1.service"}
+        ),
         "passwords": lambda: facts["sshd.SshdEffective"].update(
             dict.fromkeys(facts["sshd.SshdEffective"], KEYS_ONLY | {"passwordauthentication": ["yes"]})
         ),
@@ -266,6 +269,7 @@ def _spoil(facts: dict[str, Any], what: str) -> None:
     [
         *("drop-in", "foreign listen", "no include", "unit drop-in", "socket", "template", "running socket"),
         *("disabled", "reload due", "restart due", "one address", "another address", "an instance"),
+        "an instance at work",
         *("passwords", "new address", "others may write", "another's"),
     ],
 )
