@@ -142,6 +142,8 @@ class Door:
         note = replace(before or self._new_note(), until=self._clock() + seconds, said="")
         self._folder()
         opened.write(note, self._host.path)
+        # Before anything is open: whatever ends this half-way, something closes it.
+        timed = self._start_timer()
         try:
             done = self._sshd(sshd.public_listeners(ipv6=6 in self._families()))
         except (Failed, HostProgramError, OSError) as error:
@@ -150,20 +152,19 @@ class Door:
         if not done:
             if before is None:
                 opened.forget(self._host.path)
+                self._stop_timer()
             refused = any("refuses" in line for line in self._heard)
             for line in HOW_TO_GO_ON.splitlines() if refused else ["See `journalctl -u ssh`."]:
                 self._say(line)
             return False
         self._look_for_keys()
-        note = replace(note, replaced=(*note.replaced, *self._open_firewall()))
-        opened.write(note, self._host.path)
+        self._open_firewall(note)
         closed = self._closed_families()
         for family in closed:
             self._say(
                 f"The firewall still keeps strangers from port {sshd.PORT} (IPv{family}): look at "
                 f"`{admission.PROGRAMS[family]} -S`. `ufw disable` opens everything."
             )
-        timed = self._start_timer()
         self._say(f"Open until {opened.at(note.until)} at least, and then until the tailnet works.")
         self._say("`quietport close` closes now, `quietport open --status` tells how it stands.")
         return not closed and timed
@@ -221,12 +222,13 @@ class Door:
         done = self._host.run(["ufw", "status"])
         return done.returncode == 0 and "Status: active" in done.stdout.splitlines()
 
-    def _open_firewall(self) -> tuple[str, ...]:
-        """Let everybody at the port; returns the rules that were replaced."""
-        replaced: tuple[str, ...] = ()
+    def _open_firewall(self, note: Opened) -> None:
+        """Let everybody at the port; the rules that are replaced are noted before."""
         if self._ufw_active():
             plan = plan_firewall(parse_added(self._host.run(["ufw", "show", "added"]).stdout))
-            replaced = plan.replaced
+            if plan.replaced:
+                replaced = tuple(dict.fromkeys((*note.replaced, *plan.replaced)))
+                opened.write(replace(note, replaced=replaced), self._host.path)
             for rule in plan.replaced:
                 self._say(f"firewall: taken away while the host is open: {rule}")
                 self._tell(["ufw", "delete", *words_of(bare(rule))])
@@ -236,7 +238,6 @@ class Door:
                 self._tell(["ufw", "prepend", *words_of(shown(RULE, WHY))])
             self._say(f"firewall: {shown(RULE, WHY)}")
         self._keep_open()
-        return replaced
 
     def _keep_open(self) -> None:
         """Where the kernel does not do what ufw says, or there is none, a rule goes before all others."""
@@ -256,12 +257,22 @@ class Door:
         absent = done.returncode == 127 and NOT_INSTALLED in done.stderr
         return "-P INPUT ACCEPT\n" if absent else done.stdout
 
-    def _close_firewall(self, note: Opened) -> bool:
+    def _take_direct_rules(self) -> bool:
         for family in self._families():
             program = admission.PROGRAMS[family]
             while self._host.run([program, "-w", admission.LOCK_WAIT_S, "-C", *_DIRECT]).returncode == 0:
                 if not self._tell([program, "-w", admission.LOCK_WAIT_S, "-D", *_DIRECT]):
                     return False
+        return True
+
+    def _nothing_left(self) -> None:
+        """Without a note: a guard's rollback took it, and knows nothing of our own rules and our timer."""
+        if self._take_direct_rules():
+            self._stop_timer()
+
+    def _close_firewall(self, note: Opened) -> bool:
+        if not self._take_direct_rules():
+            return False
         rules = parse_added(self._host.run(["ufw", "show", "added"]).stdout)
         done = True
         if shown(RULE, WHY) in rules:
@@ -329,7 +340,7 @@ class Door:
     def close(self, note: Opened | None, *, force: bool = False) -> bool:
         """Close, when the tailnet works or it is insisted; True when it is closed."""
         if note is None:
-            self._stop_timer()
+            self._nothing_left()
             self._say("The host is not open.")
             return True
         reasons = [] if note.public_before else self.reasons()
@@ -362,12 +373,13 @@ class Door:
     def when_due(self, note: Opened | None) -> bool:
         """What the timer does. Says why it stays open once, not at every look."""
         if note is None:
-            self._stop_timer()
+            self._nothing_left()
             return True
         if self._clock() < note.until:
             self._keep_open()
             return True
-        reasons = [] if note.public_before else self.reasons()
+        # Also with break-glass, whose networks may be far from who opened.
+        reasons = self.reasons()
         if not reasons:
             return self.close(note)
         self._keep_open()
@@ -384,7 +396,7 @@ class Door:
             yield f"Not open. sshd listens on {listeners}."
             return
         yield f"Open: {note.sentence()}. sshd listens on {listeners}."
-        reasons = [] if note.public_before else self.reasons()
+        reasons = self.reasons()
         if reasons:
             yield f"It would not close now: {' '.join(reasons)}"
         else:
@@ -438,12 +450,20 @@ def opening(
     door: Door | None = None,
 ) -> int:
     """`quietport open` with the lock held; returns the exit code."""
-    by = "" if force else armed_by(host.path)
-    if by:
-        say(f"{waits(by)} `quietport open --force` does not wait, and is undone with it.")
+
+    def refused() -> bool:
+        by = "" if force else armed_by(host.path)
+        if by:
+            say(f"{waits(by)} `quietport open --force` does not wait, and is undone with it.")
+        return bool(by)
+
+    if refused():
         return PROBLEM
     try:
         with hold(LOCK_TIMEOUT_S):
+            # Arming takes the same lock: a guard may be there now.
+            if refused():
+                return PROBLEM
             return FINE if (door or Door(host, say=say)).open(seconds) else PROBLEM
     except (HostProgramError, OSError) as error:
         say(str(error))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from quietport import sshd
+from quietport import opened, sshd, sshd_follow
 from quietport.errors import HostProgramError
 from quietport.guard import files, firewall, tailnet
 from quietport.guard.files import Entry, Keep
@@ -50,6 +50,12 @@ SCOPE = (
         ),
     ),
     Part("ufw's files", "`/etc/ufw`, `/etc/default/ufw`", _AS_THEY_WERE, ("/etc/ufw", "/etc/default/ufw")),
+    Part(
+        "that it was opened by hand",
+        f"`{opened.OPENED}`, `{sshd_follow.PAUSED}`",
+        _AS_THEY_WERE,
+        (str(opened.OPENED), str(sshd_follow.PAUSED)),
+    ),
     Part(
         "masks and enablement",
         f"{', '.join(f'`{name}`' for name in LINKED)}: in `{UNIT_FOLDER}` and its `.wants` and `.requires`",

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from quietport import opened
 from quietport.commands import Done
 from quietport.guard import arming, rollback, state
 from quietport.guard.machine import GuardError, Log, Machine
+from quietport.opened import Opened
+from quietport.sshd_follow import PAUSED
 from tests.unit.guard_world import World
 
 SAVES = ("iptables-save", "ip6tables-save")
@@ -69,6 +72,24 @@ def test_a_rollback_that_cannot_read_the_firewall_has_not_put_it_back(world: Wor
     assert state.read_armed(world.machine) is not None
     world.fails.clear()
     assert rollback.roll_back(world.machine, armed.token, why="asked", log=Log(aloud=False)) is True
+
+
+def test_what_was_opened_by_hand_meanwhile_is_taken_back(world: World) -> None:
+    armed = world.arm()
+    opened.write(Opened(until=2e9), world.path)
+    assert rollback.roll_back(world.machine, armed.token, why="asked", log=Log(aloud=False)) is True
+    assert opened.read(world.path) is None
+    assert not world.path(str(PAUSED)).exists()
+
+
+def test_what_was_opened_by_hand_before_stays_noted(world: World) -> None:
+    world.path("/etc/quietport").mkdir(exist_ok=True)
+    opened.write(Opened(until=2e9, replaced=("deny 22/tcp",)), world.path)
+    armed = world.arm()
+    opened.forget(world.path)
+    assert rollback.roll_back(world.machine, armed.token, why="asked", log=Log(aloud=False)) is True
+    assert opened.read(world.path) == Opened(until=2e9, replaced=("deny 22/tcp",))
+    assert world.path(str(PAUSED)).exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])

@@ -394,6 +394,66 @@ def test_while_a_guard_is_armed_its_rollback_goes_first(machine: Machine) -> Non
     assert machine.note() is None
 
 
+def test_a_guard_that_is_armed_while_the_lock_is_waited_for_goes_first(machine: Machine) -> None:
+    before = state(machine)
+    really = machine.hold
+
+    @contextmanager
+    def hold(timeout: float) -> Iterator[None]:
+        with really(timeout):
+            machine.put(ARMED, json.dumps({"schema": 1, "by": "converge of anna"}))
+            yield
+
+    machine.hold = hold  # type: ignore[method-assign]
+    assert machine.open() == 1
+    assert "A change by converge of anna waits for its confirmation here." in machine.words
+    assert state(machine) == before
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_guards_rollback_leaves_goes_within_a_minute(machine: Machine, *, kept: bool) -> None:
+    """The rollback takes the note, and knows nothing of the rule before all others and of the timer."""
+    machine.extra = "-A INPUT -j DROP\n"
+    machine.open()
+    assert machine.direct == {"iptables": 1, "ip6tables": 1}
+    if not kept:
+        opened.forget(machine.path)
+    machine.close(when_due=True)
+    assert machine.direct == ({"iptables": 1, "ip6tables": 1} if kept else {"iptables": 0, "ip6tables": 0})
+    assert machine.timer is kept
+
+
+class Gone(BaseException):
+    """The power is gone: nothing of its own code runs any more."""
+
+
+REPLACED = "deny 22/tcp"
+
+
+@pytest.mark.parametrize("dies_at", ["systemctl restart ssh", "ufw status", "ufw delete", "ufw prepend"])
+def test_what_ends_half_way_is_noted_and_closed_by_the_timer(machine: Machine, dies_at: str) -> None:
+    machine.ufw = [TAILNET_RULE, REPLACED]
+    before = state(machine)
+    really = machine.run
+
+    def run(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        if " ".join(argv).startswith(dies_at):
+            raise Gone
+        return really(argv)
+
+    machine.run = run
+    with pytest.raises(Gone):
+        machine.open()
+    machine.run = really
+    note = machine.note()
+    assert note is not None
+    assert machine.timer
+    assert REPLACED in machine.ufw or REPLACED in note.replaced
+    machine.now += 2 * HOUR
+    machine.close(when_due=True)
+    assert state(machine) == before
+
+
 def test_who_does_not_get_the_lock_changes_nothing(machine: Machine) -> None:
     before = state(machine)
     machine.held = True
@@ -479,6 +539,23 @@ def test_break_glass_stays_what_it_was(machine: Machine) -> None:
     assert machine.open() == 0
     assert machine.close() == 0, "there is another way in than the tailnet"
     assert state(machine) == before
+
+
+def test_break_glass_too_is_closed_by_itself_only_when_the_tailnet_works(machine: Machine) -> None:
+    machine.put(sshd.DROP_IN, sshd.render((), public=sshd.public_listeners()))
+    machine.listening = PUBLIC
+    machine.addresses, machine.state = (), "Stopped"
+    machine.open()
+    machine.now += 2 * HOUR
+    for _ in range(2):
+        assert machine.close(when_due=True) == 0
+        assert is_open(machine)
+    assert "It would not close now: No address is on tailscale0." in "\n".join(
+        machine.door().status(machine.note())
+    )
+    machine.addresses, machine.state = TAILNET, "Running"
+    assert machine.close(when_due=True) == 0
+    assert machine.note() is None
 
 
 def test_what_is_not_open_is_closed_and_leaves_no_timer(machine: Machine) -> None:
