@@ -36,7 +36,6 @@ from quietport.unit_names import UNIT_FOLDER
 RULE = f"allow {sshd.PORT}/tcp"
 WHY = "opened by hand"
 LOCK_TIMEOUT_S = 60.0
-NOT_INSTALLED = "is not installed"
 DEFAULT_S = 3600
 LONGEST_S = 7 * 24 * 3600
 UNIT = "quietport-close"
@@ -254,7 +253,7 @@ class Door:
     def _filter(self, family: int) -> str:
         """The filter table; of a host without the program, which has no rules, an open one."""
         done = self._host.run([admission.PROGRAMS[family], "-w", admission.LOCK_WAIT_S, "-S"])
-        absent = done.returncode == 127 and NOT_INSTALLED in done.stderr
+        absent = done.returncode == 127 and commands.NOT_INSTALLED in done.stderr
         return "-P INPUT ACCEPT\n" if absent else done.stdout
 
     def _take_direct_rules(self) -> bool:
