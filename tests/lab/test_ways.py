@@ -44,6 +44,16 @@ def test_open_works_without_tailscale_and_closes_by_itself_with_it(ways: Ways) -
     assert "No address is on tailscale0." in ways.said["stays open"]
 
 
+def test_the_lines_of_the_recovery_page_open_it_to_keys_alone(ways: Ways) -> None:
+    assert ways.story["opened line by line"] is None
+
+
+def test_an_undo_that_would_shut_its_own_way_is_undone(ways: Ways) -> None:
+    assert ways.story["an undo that proves nothing"] is None
+    assert "only the rule of `quietport open` lets anybody in at port 22" in ways.said["undo"]
+    assert "c13-ways: undone: the change was undone by the host's guard" in ways.said["undo"]
+
+
 def test_undo_makes_a_public_host(ways: Ways) -> None:
     assert ways.story["undone"] is None
 

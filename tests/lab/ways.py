@@ -14,6 +14,7 @@ from typing import Any
 from lab import public
 from quietport import sshd
 from tests.lab.onhost import OnHost, waited
+from tests.lab.record import ROOT, plain
 from tests.lab.story import Applied, Chapters, Done, Hosts, Lab, Place, reachable, run
 
 NAME = "c13-ways"
@@ -54,6 +55,8 @@ class Ways:
             ("break-glass taken back", self.break_glass_taken_back),
             ("opened and closed", self.opened_and_closed),
             ("opened without tailscale", self.opened_without_tailscale),
+            ("opened line by line", self.opened_line_by_line),
+            ("an undo that proves nothing", self.undo_that_proves_nothing),
             ("undone", self.undone),
             ("converged again", self.converged_again),
         ]
@@ -158,7 +161,36 @@ class Ways:
         told = "quietport open --status"
         waited(lambda: host.inside(told).startswith("Not open. "), "all of it closed", within=30)
 
+    def opened_line_by_line(self) -> None:
+        """As docs/recovery.md has it for a host on which quietport itself cannot run: to keys alone."""
+        host = self.host
+        _, _, after = (ROOT / "docs/recovery.md").read_text().partition("the same by hand")
+        host.inside(after.split("```")[1])
+        assert self.open_places() == set(host.places)
+        host.login(host.target.public_ip, "true").ok()
+        assert "passwordauthentication no" in host.inside("sshd -T").splitlines()
+        host.inside("ufw delete allow 22/tcp")
+        self.apply()
+        assert self.open_places() == set()
+        assert host.differs("/root/private.json") == ""
+
     # And back
+
+    def undo_that_proves_nothing(self) -> None:
+        """Opened past somebody's rule that drops all: open's own rule, which an undo ends, is no way in."""
+        host = self.host
+        drop = "INPUT ! -i tailscale0 -p tcp --dport 22 -j DROP"
+        host.inside(f"iptables -I {drop}; ip6tables -I {drop}; quietport open")
+        assert self.open_places() == set(host.places)
+        host.scope("/root/open.json")
+        done = self.hosts().pyinfra(UNDO, "-y")
+        assert done.code != 0
+        self.said["undo"] = plain(done.text)
+        assert host.differs("/root/open.json") == ""
+        assert self.open_places() == set(host.places)
+        host.inside(f"quietport close; iptables -D {drop}; ip6tables -D {drop}")
+        assert self.open_places() == set()
+        assert host.differs("/root/private.json") == ""
 
     def undone(self) -> None:
         """A public host with sshd as Debian ships it; a second time changes nothing."""
