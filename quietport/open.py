@@ -24,7 +24,7 @@ from pathlib import Path
 from quietport import admission, commands, opened, sshd, sshd_follow
 from quietport.errors import FINE, PROBLEM, USAGE, HostProgramError, printable
 from quietport.guard import state
-from quietport.hostfile import HostFileMissingError, host_settings, read_json
+from quietport.hostfile import HostFileMissingError, host_settings, read_json, write_atomic
 from quietport.net import TAILNET_INTERFACE
 from quietport.opened import Opened
 from quietport.rtnetlink import addresses_on
@@ -295,16 +295,19 @@ class Door:
             for path, text in UNITS.items():
                 place = self._host.path(path)
                 if not place.exists() or place.read_text() != text:
-                    place.write_text(text)
-                    place.chmod(0o644)
+                    # On the disk when sshd moves: a power cut must not leave an empty unit.
+                    write_atomic(place, text.encode(), mode=0o644)
             self._host.systemctl("daemon-reload")
             self._host.systemctl("enable", "--now", f"{UNIT}.timer")
-        except (Failed, OSError) as error:
+        except (Failed, HostProgramError, OSError) as error:
             self._say(f"It will not close by itself ({error}): `quietport close` does, by hand.")
             return False
         return True
 
     def _stop_timer(self) -> None:
+        if armed_by(self._host.path):
+            # The rollback may put the note back; with none the timer ends itself when the guard is gone.
+            return
         places = [self._host.path(path) for path in UNITS]
         if not any(place.exists() for place in places):
             return
@@ -338,6 +341,11 @@ class Door:
 
     def close(self, note: Opened | None, *, force: bool = False) -> bool:
         """Close, when the tailnet works or it is insisted; True when it is closed."""
+        by = "" if force else armed_by(self._host.path)
+        if by:
+            # Arming takes the same lock: a guard may be there since it was asked for.
+            self._say(waits(by))
+            return False
         if note is None:
             self._nothing_left()
             self._say("The host is not open.")
@@ -371,6 +379,9 @@ class Door:
 
     def when_due(self, note: Opened | None) -> bool:
         """What the timer does. Says why it stays open once, not at every look."""
+        if armed_by(self._host.path):
+            # What is in a guard's snapshot is not written meanwhile.
+            return True
         if note is None:
             self._nothing_left()
             return True

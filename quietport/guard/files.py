@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quietport import opened
 from quietport.guard.machine import GuardError, Machine
 
 MAX_BYTES = 64 << 20
@@ -179,18 +180,20 @@ class Restorer:
 
         A power cut may fall between any two of these, and the boot after it may not get to repair them:
         what refuses to start a public sshd (our drop-in of its unit) goes before sshd's files turn public,
-        and comes after they are private.
+        and comes after they are private; what allows one (the note of `quietport open`) the other way round.
         """
         gone = [path for path in sorted(now, reverse=True) if path not in self.old]
         back = [path for path in sorted(self.old) if not self.old[path].same_as(now.get(path))]
-        for path in (path for path in gone if not _of_sshd(path)):
-            self._try(path, self._remove)
-        for path in (path for path in back if _of_sshd(path)):
-            self._try(path, self._put_back)
-        for path in (path for path in gone if _of_sshd(path)):
-            self._try(path, self._remove)
-        for path in (path for path in back if not _of_sshd(path)):
-            self._try(path, self._put_back)
+        for kind, paths, action in (
+            ("note", back, self._put_back),
+            ("other", gone, self._remove),
+            ("sshd", back, self._put_back),
+            ("sshd", gone, self._remove),
+            ("other", back, self._put_back),
+            ("note", gone, self._remove),
+        ):
+            for path in (path for path in paths if _kind(path) == kind):
+                self._try(path, action)
         for directory in sorted(self._touched):
             try:
                 sync_directory(directory)
@@ -301,5 +304,7 @@ class Restorer:
         place.rmdir()
 
 
-def _of_sshd(path: str) -> bool:
-    return path.startswith("/etc/ssh/")
+def _kind(path: str) -> str:
+    if path == str(opened.OPENED):
+        return "note"
+    return "sshd" if path.startswith("/etc/ssh/") else "other"

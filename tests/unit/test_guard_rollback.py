@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quietport import sshd
+from quietport import opened, sshd, sshd_follow
 from quietport.guard import arming, cli, files, firewall, rollback, scope, state
 from quietport.guard.machine import GuardError, Log
+from quietport.opened import Opened
 from tests.unit.guard_world import OLD_MAIN, SSH_RULE, TAILNET, UFW_CONF, USER_RULES, Killed, World
 
 
@@ -298,6 +299,18 @@ def test_killed_between_any_two_files(world: World, monkeypatch: pytest.MonkeyPa
     world.converge()
     world.write("/etc/ufw/more.rules", "x")
     world.path("/etc/default/ufw").unlink()
+    kills = 0
+    for _ in killed_between_files(world, monkeypatch):
+        kills += 1
+        # What refuses to start a public sshd is never there beside public files.
+        public_files = world.path(sshd.MAIN).read_text() == OLD_MAIN
+        assert not (public_files and world.path(sshd.UNIT_DROP_IN).exists())
+    assert kills > 3, "the control"
+    assert scope.compare(before, seen(world)) == []
+
+
+def killed_between_files(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo, killed before every second file and begun again until it is done; yields at each kill."""
     original = files.Restorer._try
     steps: list[str] = []
 
@@ -307,7 +320,6 @@ def test_killed_between_any_two_files(world: World, monkeypatch: pytest.MonkeyPa
         steps.append(path)
         original(self, path, action)
 
-    kills = 0
     with monkeypatch.context() as patched:
         patched.setattr(files.Restorer, "_try", mortal)
         while True:
@@ -316,13 +328,45 @@ def test_killed_between_any_two_files(world: World, monkeypatch: pytest.MonkeyPa
                 done, said = undo(world)
                 break
             except Killed:
-                kills += 1
-            # What refuses to start a public sshd is never there beside public files.
-            public_files = world.path(sshd.MAIN).read_text() == OLD_MAIN
-            assert not (public_files and world.path(sshd.UNIT_DROP_IN).exists())
+                yield
     assert done, said
-    assert kills > 3, "the control"
+
+
+def opened_by_hand(world: World) -> None:
+    world.path("/etc/quietport").mkdir(exist_ok=True)
+    opened.write(Opened(until=2e9), world.path)
+    world.write(sshd.DROP_IN, sshd.render((), public=[("0.0.0.0", 22)]))
+    world.start_sshd()
+
+
+def closed_again(world: World) -> None:
+    world.write(sshd.DROP_IN, sshd.render([TAILNET]))
+    opened.forget(world.path)
+    world.start_sshd()
+
+
+@pytest.mark.parametrize("open_before", [True, False])
+def test_killed_between_any_two_files_of_a_host_opened_by_hand(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, open_before: bool
+) -> None:
+    world.converge()
+    if open_before:
+        opened_by_hand(world)
+    before = seen(world)
+    armed = world.arm()
+    (closed_again if open_before else opened_by_hand)(world)
+    assert len(scope.compare(before, seen(world))) > 3, "the control: note, pause, sshd's file and listener"
+    kills = 0
+    for _ in killed_between_files(world, monkeypatch):
+        kills += 1
+        # Else sshd's start would not believe its own file.
+        is_public = "0.0.0.0" in world.path(sshd.DROP_IN).read_text()
+        assert not is_public or opened.read(world.path) is not None
+    assert kills > 1, "the control"
     assert scope.compare(before, seen(world)) == []
+    assert (opened.read(world.path) is not None) == open_before
+    assert world.path(str(sshd_follow.PAUSED)).exists() == open_before
+    assert state.history(world.machine)[0]["token"] == armed.token
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:

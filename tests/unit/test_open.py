@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -410,15 +411,65 @@ def test_a_guard_that_is_armed_while_the_lock_is_waited_for_goes_first(machine: 
     assert state(machine) == before
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_what_a_guards_rollback_leaves_goes_within_a_minute(machine: Machine, *, kept: bool) -> None:
+def test_a_guard_that_is_armed_while_it_is_closed_finds_its_snapshot_unchanged(machine: Machine) -> None:
+    machine.open()
+    really = machine.hold
+
+    @contextmanager
+    def hold(timeout: float) -> Iterator[None]:
+        with really(timeout):
+            machine.put(ARMED, json.dumps({"schema": 1, "by": "converge of anna"}))
+            yield
+
+    machine.hold = hold  # type: ignore[method-assign]
+    before = state(machine)
+    machine.now += 2 * HOUR
+    for works in (True, False):
+        # Without the tailnet the timer would note why it stays open.
+        machine.state = "Running" if works else "Stopped"
+        for when_due in (True, False):
+            machine.path(ARMED).unlink(missing_ok=True)
+            machine.said.clear()
+            assert machine.close(when_due=when_due) == (0 if when_due else 1)
+            assert ("A change by converge of anna waits" in machine.words) is not when_due
+            assert state(machine) == before
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_closed_past_an_armed_guard_the_timer_stays_for_its_rollback(
+    machine: Machine, *, confirmed: bool
+) -> None:
+    before = state(machine)
+    machine.open()
+    note = machine.note()
+    assert note is not None
+    machine.put(ARMED, json.dumps({"schema": 1, "by": "converge of anna"}))
+    assert machine.close(force=True) == 0
+    assert machine.note() is None
+    assert machine.timer
+    assert machine.close(force=True) == 0, "not open any more, and that ends the timer as little"
+    assert machine.timer
+    if not confirmed:
+        opened.write(note, machine.path)
+        machine.put(sshd.DROP_IN, sshd.render((), public=sshd.public_listeners()))
+        machine.ufw, machine.listening = [OURS, TAILNET_RULE], PUBLIC
+    machine.path(ARMED).unlink()
+    machine.now += 2 * HOUR
+    machine.close(when_due=True)
+    assert state(machine) == before
+
+
+@pytest.mark.parametrize(("kept", "when_due"), [(True, True), (False, True), (False, False)])
+def test_what_a_guards_rollback_leaves_goes_within_a_minute(
+    machine: Machine, *, kept: bool, when_due: bool
+) -> None:
     """The rollback takes the note, and knows nothing of the rule before all others and of the timer."""
     machine.extra = "-A INPUT -j DROP\n"
     machine.open()
     assert machine.direct == {"iptables": 1, "ip6tables": 1}
     if not kept:
         opened.forget(machine.path)
-    machine.close(when_due=True)
+    assert machine.close(when_due=when_due) == 0
     assert machine.direct == ({"iptables": 1, "ip6tables": 1} if kept else {"iptables": 0, "ip6tables": 0})
     assert machine.timer is kept
 
@@ -452,6 +503,24 @@ def test_what_ends_half_way_is_noted_and_closed_by_the_timer(machine: Machine, d
     machine.now += 2 * HOUR
     machine.close(when_due=True)
     assert state(machine) == before
+
+
+def test_the_timer_is_on_the_disk_before_sshd_moves(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    really = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    machine.fails = {"systemctl restart"}
+    machine.open()
+    first = next(at for at, name in enumerate(synced) if name.startswith(".quietport.") or "sshd" in name)
+    for path in UNITS:
+        assert any(Path(path).name in name for name in synced[:first]), synced
 
 
 def test_who_does_not_get_the_lock_changes_nothing(machine: Machine) -> None:
