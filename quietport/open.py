@@ -140,9 +140,9 @@ class Door:
         before = opened.read(self._host.path)
         note = replace(before or self._new_note(), until=self._clock() + seconds, said="")
         self._folder()
-        opened.write(note, self._host.path)
-        # Before anything is open: whatever ends this half-way, something closes it.
+        # First: whatever ends this half-way, something closes it. Without a note it ends itself.
         timed = self._start_timer()
+        opened.write(note, self._host.path)
         try:
             done = self._sshd(sshd.public_listeners(ipv6=6 in self._families()))
         except (Failed, HostProgramError, OSError) as error:
