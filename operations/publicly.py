@@ -23,7 +23,7 @@ from facts.packetfilter import PacketFilter
 from operations import gate, guard
 from operations.common import Commands, one_host_at_most, operation
 from quietport.admission import PROGRAMS, lets_strangers_in
-from quietport.open import WHY as OPENED_WHY
+from quietport.open import COMMENT
 
 
 def opening(host: Host, commands: Iterable[PyinfraCommand]) -> Commands:
@@ -72,7 +72,7 @@ def _shut_without_open(host: Host) -> list[str]:
     port = host.connector.session.port  # type: ignore[attr-defined]
     found = []
     for family, text in host.get_fact(PacketFilter).items():
-        without = "\n".join(line for line in text.splitlines() if f'"quietport: {OPENED_WHY}"' not in line)
+        without = "\n".join(line for line in text.splitlines() if f'"{COMMENT}"' not in line)
         if lets_strangers_in(text, port=port) and not lets_strangers_in(without, port=port):
             found.append(
                 f"over IPv{family} only the rule of `quietport open` lets anybody in at port {port}, and it "

@@ -22,15 +22,23 @@ def closing(
     door: Door | None = None,
 ) -> int:
     """`quietport close` with the lock held; returns the exit code."""
-    by = "" if force or note_only else armed_by(host.path)
-    if by:
-        # What is closed now would be opened again.
-        if not when_due:
+
+    def refused() -> bool:
+        # What is closed now would be opened again, and nothing in a guard's snapshot is written meanwhile.
+        by = "" if force or note_only else armed_by(host.path)
+        if by and not when_due:
             say(waits(by))
-        return FINE if when_due else PROBLEM
+        return bool(by)
+
+    not_now = FINE if when_due else PROBLEM
+    if refused():
+        return not_now
     try:
         # The timer comes again in a minute.
         with hold(0 if when_due else LOCK_TIMEOUT_S):
+            # Arming takes the same lock: a guard may be there now.
+            if refused():
+                return not_now
             door = door or Door(host, say=say)
             note = opened.read(host.path)
             if note_only:

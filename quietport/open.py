@@ -30,7 +30,7 @@ from quietport.opened import Opened
 from quietport.rtnetlink import addresses_on
 from quietport.sshd_apply import COMMAND_TIMEOUT_S, Apply, Failed, Host, Plan, to_the_end
 from quietport.sshd_wait import Wanted, bindable
-from quietport.ufw_rules import bare, is_ours, parse_added, shown, traffic, words_of
+from quietport.ufw_rules import MARK, bare, is_ours, parse_added, shown, traffic, words_of
 from quietport.unit_names import UNIT_FOLDER
 
 RULE = f"allow {sshd.PORT}/tcp"
@@ -63,7 +63,8 @@ WantedBy=timers.target
 """,
 }
 # For a firewall that does not do what ufw says. A boot takes it away, the timer puts it back.
-_MARKED = ["-m", "comment", "--comment", f"quietport: {WHY}"]
+COMMENT = f"{MARK}{WHY}"
+_MARKED = ["-m", "comment", "--comment", COMMENT]
 _DIRECT = ["INPUT", "-p", "tcp", "--dport", str(sshd.PORT), *_MARKED, "-j", "ACCEPT"]
 _UNITS_OF_TIME = {"m": 60, "h": 3600, "d": 86400}
 
@@ -341,11 +342,6 @@ class Door:
 
     def close(self, note: Opened | None, *, force: bool = False) -> bool:
         """Close, when the tailnet works or it is insisted; True when it is closed."""
-        by = "" if force else armed_by(self._host.path)
-        if by:
-            # Arming takes the same lock: a guard may be there since it was asked for.
-            self._say(waits(by))
-            return False
         if note is None:
             self._nothing_left()
             self._say("The host is not open.")
@@ -379,9 +375,6 @@ class Door:
 
     def when_due(self, note: Opened | None) -> bool:
         """What the timer does. Says why it stays open once, not at every look."""
-        if armed_by(self._host.path):
-            # What is in a guard's snapshot is not written meanwhile.
-            return True
         if note is None:
             self._nothing_left()
             return True
