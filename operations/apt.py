@@ -16,7 +16,7 @@ from facts.packages import Packages
 from facts.system import System
 from operations import aptwait, aptwhy, notes
 from operations.common import Commands, operation, refuse, script, warn
-from operations.files import other_mode, put_if_needed
+from operations.files import loosened, put_if_needed
 from operations.units import enable_if_needed
 
 WAIT_S = 900
@@ -284,9 +284,7 @@ def repository(repository: Repository) -> Commands:
     """
     changed = False
     keys = host.get_fact(Keyring, path=repository.keyring)
-    state = host.get_fact(FileState, path=repository.keyring)
-    wrong = other_mode(state, "0644") if state["kind"] == "file" else []
-    wrong = [f"{repository.keyring}: {what}" for what in wrong]
+    wrong = loosened(repository.keyring, host.get_fact(FileState, path=repository.keyring))
     if keys != [repository.fingerprint]:
         wrong.append(f"{repository.keyring} holds {' '.join(keys) or 'no key'}, not {repository.fingerprint}")
     if wrong:

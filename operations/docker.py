@@ -17,7 +17,7 @@ from facts.units import Units
 from facts.users import GroupMembers
 from operations import apt, notes
 from operations.common import Commands, operation, program, refuse, script, warn
-from operations.files import is_private, other_mode, put_if_needed
+from operations.files import is_private, loosened, put_if_needed
 from operations.programs import PROGRAMS
 from operations.units import enable_if_needed, files_if_needed
 from quietport.containers import EVERY_ADDRESS
@@ -28,6 +28,8 @@ CHAIN_UNIT_PATH = f"/etc/systemd/system/{CHAIN_UNIT}"
 LOOPBACK = "127.0.0.1"
 # What a plan calls changes that others may depend on.
 INSTALLATION, RESTART = "Docker's installation", "the engine's restart"
+# daemon.json's mode, unless its owner made it private.
+READABLE = "0644"
 BIND_OPTION = "com.docker.network.bridge.host_binding_ipv4"
 ROOT_IN_ALL_BUT_NAME = "who can start containers can read and write every file"
 LOG_OPTIONS = {"max-size": "10m", "max-file": "3"}
@@ -151,7 +153,7 @@ def kept(state: dict[str, Any]) -> tuple[str, str]:
     """
     if is_private(state):
         return f"{int(state['mode'], 8) & ~0o022:04o}", str(state["group"])
-    return ("0600" if state["kind"] == "link" else "0644"), "root"
+    return ("0600" if state["kind"] == "link" else READABLE), "root"
 
 
 @operation()
@@ -165,22 +167,21 @@ def configured(source: str) -> Commands:
     network_defaults = has_network_defaults(source=source, codename=host.get_fact(System)["codename"])
     result = merged(host.get_fact(FileText, path=DAEMON_JSON), network_defaults=network_defaults)
     state = host.get_fact(FileState, path=DAEMON_JSON)
-    private = is_private(state) or state["kind"] == "link"
     mode, group = kept(state)
     refusal = source_refusal(docker, source) or result.refusal or firewall_refusal(docker)
     if refusal is not None:
         yield refuse(refusal)
         return
-    loosened = False
+    wrong = [] if result.changed else loosened(DAEMON_JSON, state, mode=mode, group=group)
     if result.changed:
         # Made into a list first: a plan ends at the first command, and the difference is shown before it.
+        private = mode != READABLE
         write = list(put_if_needed(DAEMON_JSON, result.text, mode=mode, group=group, secret=private))
         yield program("install", "-d", "-m", "0755", "--", str(Path(DAEMON_JSON).parent))
         yield from write
-    elif state["kind"] == "file" and (wrong := other_mode(state, mode, group=group)):
+    elif wrong:
         # Not written anew: the engine would be older than it, and be restarted.
-        notes.because(*(f"{DAEMON_JSON}: {what}" for what in wrong))
-        loosened = True
+        notes.because(*wrong)
         yield program("chown", "--", f"root:{group}", DAEMON_JSON)
         yield program("chmod", "--", mode, DAEMON_JSON)
     if docker["running"] and (result.changed or docker["config_stale"]):
@@ -188,7 +189,7 @@ def configured(source: str) -> Commands:
             notes.because(f"the engine runs with an older {DAEMON_JSON}")
         notes.brings(RESTART)
         yield script(_APPLY, timeout=180)
-    elif not (result.changed or loosened):
+    elif not (result.changed or wrong):
         host.noop("daemon.json is as wanted, and in use")
 
 

@@ -68,7 +68,7 @@ def unlike(
     """
     if state["kind"] != "file":
         return [_kind(state)]
-    found = other_mode(state, mode, user, group)
+    found = _other_mode(state, mode, user, group)
     if state["sha256"] != hashlib.sha256(as_bytes(content)).hexdigest():
         found.insert(0, "its content differs")
     return found
@@ -78,14 +78,21 @@ def _kind(state: dict[str, Any]) -> str:
     return "is absent" if state["kind"] == "absent" else f"is a {state['kind']}"
 
 
-def other_mode(state: dict[str, Any], mode: str, user: str = "root", group: str = "root") -> list[str]:
-    """What of the mode and the owner in `state` (as FileState tells it) is not as wanted, a phrase each."""
+def _other_mode(state: dict[str, Any], mode: str, user: str, group: str) -> list[str]:
     found = []
     if int(state["mode"], 8) != int(mode, 8):
         found.append(f"its mode is {state['mode']}, not {mode}")
     if (state["user"], state["group"]) != (user, group):
         found.append(f"its owner is {state['user']}:{state['group']}, not {user}:{group}")
     return found
+
+
+def loosened(
+    path: str, state: dict[str, Any], *, mode: str = "0644", user: str = "root", group: str = "root"
+) -> list[str]:
+    """What of a file's mode and owner is not as wanted, a phrase each; nothing where there is no file."""
+    found = _other_mode(state, mode, user, group) if state["kind"] == "file" else []
+    return [f"{path}: {what}" for what in found]
 
 
 def is_private(state: dict[str, Any]) -> bool:
@@ -155,7 +162,7 @@ def directory_if_needed(
     """What `directory` yields, for operations that need one. Nothing when it is right."""
     state = host.get_fact(FileState, path=path)
     right_kind = state["kind"] == "directory"
-    found = other_mode(state, mode, user, group) if right_kind else [_kind(state)]
+    found = _other_mode(state, mode, user, group) if right_kind else [_kind(state)]
     if not found:
         return
     if state["kind"] not in ("directory", "absent"):

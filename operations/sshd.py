@@ -23,7 +23,7 @@ from facts.tailnet import Tailnet
 from facts.units import Units
 from operations import gate, notes
 from operations.common import Commands, executing, operation, program, refuse, show_diff, warn
-from operations.files import other_mode
+from operations.files import loosened
 from operations.units import (
     enable_if_needed,
     files_if_needed,
@@ -38,9 +38,8 @@ from quietport.unit_names import FOLLOWER, UNIT_FOLDER
 _TEMPLATES = Path(__file__).parents[1] / "templates/ssh"
 UNIT_DROP_IN_TEXT = (_TEMPLATES / "ssh.service.conf").read_text()
 FOLLOWER_FILES = {f"{UNIT_FOLDER}/{FOLLOWER}": (_TEMPLATES / FOLLOWER).read_text()}
-# As sshd-apply makes them. Who may write them says where sshd listens.
+# Who may write them says where sshd listens. sshd-apply makes them for root alone to write, and all to read.
 OUR_FILES = (sshd.DROP_IN, sshd.UNIT_DROP_IN)
-OUR_MODE = "0644"
 # Lines of others' files that a sentence names; `--diff` shows them all.
 MAX_SHOWN = 6
 # The follower may have sshd reload just then: for an instant it listens nowhere.
@@ -179,9 +178,7 @@ def _look(login_user: str, *, break_glass: Sequence[str] = ()) -> Seen:
 
 def _modes() -> Iterator[str]:
     for path in OUR_FILES:
-        state = host.get_fact(FileState, path=path)
-        if state["kind"] == "file":
-            yield from (f"{path}: {what}" for what in other_mode(state, OUR_MODE))
+        yield from loosened(path, host.get_fact(FileState, path=path))
 
 
 def _strangers_come_in(break_glass: Sequence[str]) -> str:
