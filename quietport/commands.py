@@ -6,11 +6,12 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from quietport.errors import HostProgramError
 
 # Ours, not the caller's: a timer, sudo and a unit each have another, and messages are parsed in C.
-_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 # What is said of a program that is not there.
 NOT_INSTALLED = "is not installed"
@@ -33,7 +34,7 @@ class Done:
 
 def is_installed(name: str) -> bool:
     """Whether `run` would find the program `name`."""
-    return shutil.which(name, path=_ENVIRONMENT["PATH"]) is not None
+    return shutil.which(name, path=ENVIRONMENT["PATH"]) is not None
 
 
 def run(argv: Sequence[str], *, stdin: str = "", timeout: float = 30) -> Done:
@@ -42,14 +43,23 @@ def run(argv: Sequence[str], *, stdin: str = "", timeout: float = 30) -> Done:
     Bytes that are not UTF-8 become replacement characters. Raises HostProgramError when the program is
     missing or takes too long; a failure of its own is the caller's to judge.
     """
+    done = ended(argv, stdin=stdin, timeout=timeout, out=subprocess.PIPE, err=subprocess.PIPE)
+    return Done(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+
+def ended(
+    argv: Sequence[str], *, stdin: str, timeout: float, out: int | IO[bytes], err: int | IO[bytes]
+) -> subprocess.CompletedProcess[bytes]:
+    """As `run`, with what it says going to `out` and `err`: a pipe also waits for what it leaves running."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             argv,
             input=stdin.encode(),
-            capture_output=True,
+            stdout=out,
+            stderr=err,
             timeout=timeout,
             check=False,
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
         )
     except FileNotFoundError as error:
         raise HostProgramError(f"{argv[0]} {NOT_INSTALLED}.") from error
@@ -57,7 +67,6 @@ def run(argv: Sequence[str], *, stdin: str = "", timeout: float = 30) -> Done:
         raise HostProgramError(f"{argv[0]} cannot be run: {error.strerror}.") from error
     except subprocess.TimeoutExpired as error:
         raise HostProgramError(f"{' '.join(argv[:3])} took longer than {timeout:g} s.") from error
-    return Done(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
 
 
 def output_of(argv: Sequence[str], *, timeout: float = 30) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from quietport.commands import Done
+from quietport.commands import Done, ended
 from quietport.doctor.place import FOLDER
 from quietport.doctor.run import State, text_of
 from quietport.errors import HostProgramError, printable
@@ -25,8 +24,6 @@ LIMIT_S = 60.0
 # Before the first of all results.
 NEVER = "never looked"
 _STATES = ("pass", "warn", "fail", "unknown")
-# As host programs have it (quietport/commands.py).
-ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 _LAST_WORDS = 4096
 
 Runner = Callable[..., Done]
@@ -40,17 +37,9 @@ def run_alone(argv: Sequence[str], *, stdin: str, timeout: float) -> Done:
     try:
         # In memory: a pipe ends with the last process that holds it, and a disk that is full takes nothing.
         with _memory("out") as out, _memory("err") as err:
-            done = subprocess.run(
-                argv,
-                input=stdin.encode(),
-                stdout=out,
-                stderr=err,
-                timeout=timeout,
-                check=False,
-                env=ENVIRONMENT,
-            )
+            done = ended(argv, stdin=stdin, timeout=timeout, out=out, err=err)
             return Done(done.returncode, _end_of(out), _end_of(err))
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, HostProgramError) as error:
         raise HostProgramError(f"{argv[0]} cannot be run, or took longer than {timeout:g} s.") from error
 
 
