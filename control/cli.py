@@ -15,9 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pyinfra.api.exceptions import PyinfraError
 
-from control import apply, doctor, example, output, plan, ports, reach, state, verify
+from control import apply, doctor, example, plan, ports, reach, state, verify
 from control.errors import SettingsError
 from control.settings import fleet, nearest
+from quietport.cli import reader_left
+from quietport.errors import INTERRUPTED
 
 PLANNING = {
     "plan": "what a converge would change; ends with 0 for nothing, 2 for changes, 1 for an error",
@@ -39,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"quietport: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
-        output.reader_left()
+        reader_left()
         return code
 
 

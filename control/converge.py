@@ -31,8 +31,7 @@ from pyinfra.api.state import State, StateStage
 from pyinfra.context import ctx_state
 from typing_extensions import override
 
-# 128 and SIGINT, as a shell has it.
-INTERRUPTED = 130
+from quietport.errors import INTERRUPTED
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _OF_HOST = re.compile(r"\[(?P<name>[^\]\s]+)\]\s+(?:nested\s+)?(?P<text>.*)", re.DOTALL)

@@ -26,12 +26,12 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State
 from typing_extensions import override
 
-from control import output
-from control.converge import INTERRUPTED
 from control.plan import ERROR, Change, Form, HostPlan, exit_code, rendered
 from control.reach import ABOUT
 from operations import notes
 from operations.notes import CERTAIN, UNKNOWN, Note, Notes
+from quietport.cli import reader_left
+from quietport.errors import INTERRUPTED
 
 _LATER = re.compile(r" \[content known after [^\]]*\]$")
 NOT_OURS = "the operation does not say what it finds"
@@ -76,7 +76,7 @@ def main(form: str, inventory: str, deploy: str, *names: str) -> int:
         click.echo(rendered(found, form=cast(Form, form)), nl=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        output.reader_left()
+        reader_left()
     return exit_code(found)
 
 

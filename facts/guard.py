@@ -9,11 +9,11 @@ from pyinfra.api.exceptions import FactProcessError
 from pyinfra.api.facts import FactBase
 from typing_extensions import override
 
-from facts.shell import one_host_at_most, sections, split
+from control.guard import argv
+from facts.shell import one_host_at_most, quoted, sections, split
 from quietport.errors import printable
 from quietport.guard.state import ARMED
 
-LAUNCHER = "/usr/local/sbin/quietport"
 # Characters of a text of the host's that are shown.
 SHOWN = 200
 
@@ -29,7 +29,7 @@ class Guard(FactBase[dict[str, Any]]):
     @override
     def command(self) -> str:
         return sections(
-            status=f"{LAUNCHER} guard status --json",
+            status=quoted(argv("status", "--json")),
             left=f"test -e {ARMED}",
         )
 

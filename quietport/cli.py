@@ -10,10 +10,8 @@ from collections.abc import Callable
 from typing import cast
 
 from quietport import __version__
-from quietport.errors import UNKNOWN, USAGE, HostProgramError, printable
+from quietport.errors import INTERRUPTED, UNKNOWN, USAGE, HostProgramError, printable
 
-# 128 and SIGINT, as a shell has it.
-INTERRUPTED = 130
 PROGRAMS = {
     "ports": ("quietport.ports_cli", "what listens, who can reach it, and whether that may be"),
     "doctor": ("quietport.doctor.cli", "is this host as declared, and what to do where it is not"),
@@ -56,6 +54,14 @@ def main(argv: list[str]) -> int:
     return _run(argv[0], argv[1:])
 
 
+def reader_left() -> None:
+    """After a BrokenPipeError (`| head`): the rest goes nowhere, and Python does not complain at exit.
+
+    https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(name: str, argv: list[str]) -> int:
     try:
         program = cast(Callable[[list[str]], int], importlib.import_module(PROGRAMS[name][0]).main)
@@ -65,8 +71,7 @@ def _run(name: str, argv: list[str]) -> int:
         print(f"quietport {name}: {printable(str(error))}", file=sys.stderr)
         return error.code
     except BrokenPipeError:
-        # Whoever read us has gone (`| head`); without this Python complains once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reader_left()
         return UNKNOWN
     except KeyboardInterrupt:
         print(f"quietport {name}: interrupted.", file=sys.stderr)

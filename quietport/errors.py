@@ -6,6 +6,8 @@ FINE = 0
 PROBLEM = 1
 USAGE = 2
 UNKNOWN = 3
+# 128 and SIGINT, as a shell has it.
+INTERRUPTED = 130
 
 
 class HostProgramError(Exception):
