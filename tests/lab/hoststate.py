@@ -219,9 +219,7 @@ def units(plain: Text) -> dict[str, str]:
             ("apt-daily", "session-", "user@", "user-runtime-dir@", "run-", "systemd-", "ldconfig")
         ):
             continue
-        if name.startswith(("dpkg-db-backup", "e2scrub", "fstrim", "logrotate", "man-db")):
-            continue
-        if name == REPORT:
+        if name.startswith(("dpkg-db-backup", "e2scrub", "fstrim", "logrotate", "man-db", REPORT)):
             continue
         found[f"{name} runs"] = f"{load} {state} {sub}"
     return {plain(name): text for name, text in found.items()}

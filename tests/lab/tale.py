@@ -11,6 +11,7 @@ from typing import Any
 from lab import targets
 from lab.aptrepo import AptRepo
 from lab.up import Wanted
+from tests.lab.hoststate import REPORT
 from tests.lab.published import Published, publish
 from tests.lab.story import (
     SECRET_PATH,
@@ -75,7 +76,7 @@ class Tale:
     def spec_again(self) -> Done:
         """The specs, with what was published. The report may have failed for that at midnight."""
         for name in self.names:
-            self.hosts.ssh(name, "systemctl reset-failed quietport-report.service")
+            self.hosts.ssh(name, f"systemctl reset-failed {REPORT}")
         return self.hosts.spec()
 
     def restart(self) -> None:

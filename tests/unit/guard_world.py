@@ -11,7 +11,7 @@ from typing import Any
 
 from quietport import sshd
 from quietport.commands import Done
-from quietport.guard import arming
+from quietport.guard import arming, state
 from quietport.guard.machine import Machine
 
 OLD_MAIN = "Include /etc/ssh/sshd_config.d/*.conf\nPort 22\n"
@@ -87,14 +87,14 @@ class World:
         self.path(path).unlink(missing_ok=True)
         self.path(path).symlink_to(target)
 
-    def arm(self, **options: Any) -> Any:
+    def arm(self, *, machine: Machine | None = None, **options: Any) -> Any:
         known = {
             "timeout": 120,
             "by": "a test",
             "confirm_over": "tailnet",
             "program": self.path("/opt/quietport.pyz"),
         }
-        return arming.arm(self.machine, **{**known, **options})
+        return arming.arm(machine or self.machine, **{**known, **options})
 
     def reboot(self) -> None:
         """What a boot changes; nothing is started."""
@@ -319,3 +319,8 @@ def stat(pid: int, parent: int, *, ticks: int, name: str = "a) (b") -> str:
     """/proc/PID/stat of a process with a nasty name."""
     fields = ["S", str(parent), "1", "1", *["0"] * 15, str(ticks), *["0"] * 10]
     return f"{pid} ({name}) {' '.join(fields)}\n"
+
+
+def left_in(world: World) -> list[str]:
+    folder = world.path(state.FOLDER)
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

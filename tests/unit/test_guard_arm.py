@@ -11,11 +11,11 @@ import pytest
 
 from quietport import opened
 from quietport.commands import Done
-from quietport.guard import arming, rollback, state
+from quietport.guard import rollback, state
 from quietport.guard.machine import GuardError, Log, Machine
 from quietport.opened import Opened
 from quietport.sshd_follow import PAUSED
-from tests.unit.guard_world import World
+from tests.unit.guard_world import World, left_in
 
 SAVES = ("iptables-save", "ip6tables-save")
 
@@ -33,15 +33,7 @@ def armed_on(world: World, program: str, answer: Done) -> Any:
     def run(argv: Sequence[str], *, stdin: str = "", timeout: float = 30) -> Done:
         return answer if argv[0] == program else world(argv, stdin=stdin, timeout=timeout)
 
-    machine = replace(world.machine, run=run)
-    return arming.arm(
-        machine, timeout=120, by="a test", confirm_over="tailnet", program=world.path("/opt/quietport.pyz")
-    )
-
-
-def left_in(world: World) -> list[str]:
-    folder = world.path(state.FOLDER)
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return world.arm(machine=replace(world.machine, run=run))
 
 
 @pytest.mark.parametrize("program", SAVES)

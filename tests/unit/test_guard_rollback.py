@@ -17,7 +17,7 @@ from quietport import opened, sshd, sshd_follow
 from quietport.guard import arming, cli, files, firewall, rollback, scope, state
 from quietport.guard.machine import GuardError, Log
 from quietport.opened import Opened
-from tests.unit.guard_world import OLD_MAIN, SSH_RULE, TAILNET, UFW_CONF, USER_RULES, Killed, World
+from tests.unit.guard_world import OLD_MAIN, SSH_RULE, TAILNET, UFW_CONF, USER_RULES, Killed, World, left_in
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +37,6 @@ def undo(world: World, why: str = "timeout") -> tuple[bool | None, list[str]]:
 
 def seen(world: World) -> scope.Observed:
     return scope.look(world.machine)
-
-
-def left_in(world: World) -> list[str]:
-    folder = world.path(state.FOLDER)
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def public(world: World) -> None:

@@ -395,8 +395,7 @@ def test_while_a_guard_is_armed_its_rollback_goes_first(machine: Machine) -> Non
     assert machine.note() is None
 
 
-def test_a_guard_that_is_armed_while_the_lock_is_waited_for_goes_first(machine: Machine) -> None:
-    before = state(machine)
+def armed_while_the_lock_is_waited_for(machine: Machine) -> None:
     really = machine.hold
 
     @contextmanager
@@ -406,6 +405,11 @@ def test_a_guard_that_is_armed_while_the_lock_is_waited_for_goes_first(machine: 
             yield
 
     machine.hold = hold  # type: ignore[method-assign]
+
+
+def test_a_guard_that_is_armed_while_the_lock_is_waited_for_goes_first(machine: Machine) -> None:
+    before = state(machine)
+    armed_while_the_lock_is_waited_for(machine)
     assert machine.open() == 1
     assert "A change by converge of anna waits for its confirmation here." in machine.words
     assert state(machine) == before
@@ -413,15 +417,7 @@ def test_a_guard_that_is_armed_while_the_lock_is_waited_for_goes_first(machine: 
 
 def test_a_guard_that_is_armed_while_it_is_closed_finds_its_snapshot_unchanged(machine: Machine) -> None:
     machine.open()
-    really = machine.hold
-
-    @contextmanager
-    def hold(timeout: float) -> Iterator[None]:
-        with really(timeout):
-            machine.put(ARMED, json.dumps({"schema": 1, "by": "converge of anna"}))
-            yield
-
-    machine.hold = hold  # type: ignore[method-assign]
+    armed_while_the_lock_is_waited_for(machine)
     before = state(machine)
     machine.now += 2 * HOUR
     for works in (True, False):
